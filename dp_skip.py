@@ -1,0 +1,103 @@
+"""Which layers to skip: CLaSp's dynamic programme (arXiv 2505.24196, §3.4, Algorithm 1).
+
+After a verify pass we hold one token's hidden states h_0 (embedding) ... h_L (after the last layer). We look
+for the M layers whose omission moves the final state least: the set S, |S| = M, that maximises
+cos(h_L, state after running only the layers outside S). There are L-choose-M sets; the programme keeps one
+survivor for each number of layers seen, i, and of those skipped, j:
+
+    g(i, j) = the closer to h_i, by cosine, of   f_i(g(i-1, j))    run layer i
+                                          and    g(i-1, j-1)       skip layer i
+    g(i, 0) = h_i      nothing was skipped: the true state
+    g(i, i) = h_0      everything was
+
+Keeping one survivor a cell makes it an approximation (§3.5): what is closest to h_i need not become closest
+to h_L. In return L layers and M budgets cost L*M layer calls, and the last column holds a set for *every*
+budget up to M. (The paper's Eq. 1 prints arg min where the arg max of the cosine is meant, and its pseudocode
+recovers the path by comparing vectors; here the choices are kept as bits.)
+
+``select_layers_plain`` is that definition, cell by cell: read it first. ``select_layers`` is what decoding
+uses: the cells of one i do not depend on each other, so each layer runs once on all of them, packed as rows
+(§3.6). This file knows tensors and a callable, not what a LLaMA is.
+"""
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# layer(i, rows): decoder layer i (from 0) on rows (m, hidden), each a candidate state of the *same* token,
+# none of which may see another. Returns (m, hidden).
+Layer = Callable[[int, Tensor], Tensor]
+
+
+class Selection(NamedTuple):
+    """For each budget m = 0 .. M, the layers to skip (indices from 0) and the final state's cosine with h_L."""
+    skip_sets: list[frozenset[int]]
+    cosines: list[float]
+
+
+def select_layers_plain(layer: Layer, hidden: Tensor, budget: int) -> Selection:
+    """Algorithm 1 as it reads: one layer call per cell. hidden (L+1, hidden): the states of one token.
+
+    Raises ValueError unless 0 <= budget <= L.
+    """
+    layers = check(hidden, budget)
+    g, skipped, cosine = {(0, 0): hidden[0]}, {}, {(0, 0): 1.0}
+    for i in range(1, layers + 1):
+        for j in range(min(i, budget) + 1):
+            if j == 0:
+                g[i, j], skipped[i, j] = hidden[i], False
+            elif j == i:
+                g[i, j], skipped[i, j] = hidden[0], True
+            else:
+                run, skip = layer(i - 1, g[i - 1, j][None])[0], g[i - 1, j - 1]
+                skipped[i, j] = cosines(skip[None], hidden[i]).item() > cosines(run[None], hidden[i]).item()
+                g[i, j] = skip if skipped[i, j] else run
+            cosine[i, j] = cosines(g[i, j][None], hidden[i]).item()
+    return Selection([walk_back(lambda i, j: skipped[i, j], layers, m) for m in range(budget + 1)],
+                     [cosine[layers, m] for m in range(budget + 1)])
+
+
+def select_layers(layer: Layer, hidden: Tensor, budget: int) -> Selection:
+    """The same in L calls of ``layer``, call i on at most ``budget`` rows (§3.6). hidden (L+1, hidden).
+
+    Nothing is read back to the host before the end. Raises ValueError unless 0 <= budget <= L.
+    """
+    layers = check(hidden, budget)
+    survivors, choices = hidden[:1], []                       # g(0, 0): (1, hidden)
+    for i in range(1, layers + 1):
+        width = len(survivors)                                # column i-1 holds j = 0 .. width-1
+        run = hidden[i:i + 1] if width == 1 else torch.cat((hidden[i:i + 1], layer(i - 1, survivors[1:])))
+        closeness = cosines(torch.cat((run, survivors)), hidden[i])
+        if_run = F.pad(closeness[:width], (0, 1), value=-torch.inf)     # j = i cannot run layer i,
+        if_skip = F.pad(closeness[width:], (1, 0), value=-torch.inf)    # j = 0 cannot skip it
+        skip = (if_skip > if_run)[:budget + 1]
+        choices.append(F.pad(skip, (0, budget + 1 - len(skip))))
+        j = torch.arange(len(skip), device=hidden.device)
+        survivors = torch.cat((run, survivors))[torch.where(skip, width + j - 1, j)]
+    table = torch.stack(choices).tolist() if layers else []   # (L, M+1) of bool
+    return Selection([walk_back(lambda i, j: table[i - 1][j], layers, m) for m in range(budget + 1)],
+                     cosines(survivors, hidden[-1]).tolist())
+
+
+def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> frozenset[int]:
+    """The set behind cell (layers, budget): follow the choices from the last layer to the first."""
+    chosen, j = set(), budget
+    for i in range(layers, 0, -1):
+        if skipped(i, j):
+            chosen.add(i - 1)
+            j -= 1
+    return frozenset(chosen)
+
+
+def cosines(rows: Tensor, target: Tensor) -> Tensor:
+    """Cosine of each row with one state, in float32: rows (m, hidden), target (hidden,) -> (m,)."""
+    return F.cosine_similarity(rows.float(), target.float()[None], dim=-1)
+
+
+def check(hidden: Tensor, budget: int) -> int:
+    layers = len(hidden) - 1
+    if not 0 <= budget <= layers:
+        raise ValueError(f"cannot skip {budget} of {layers} layers")
+    return layers

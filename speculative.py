@@ -1,0 +1,302 @@
+"""CLaSp decoding (arXiv 2505.24196, §3.1): a model drafts with some of its layers, then checks with all.
+
+One cycle, seen from a *pending* token t: it is part of the text, but its keys and values are not in the
+cache yet, so it stands at position n = cache.length.
+
+    draft      feed t, d1, d2 ... one row each through the layers not skipped: k <= K tokens
+    verify     feed t, d1 .. dk as rows n .. n+k through every layer; it overwrites what the draft cached
+    accept     the longest prefix that the whole model agrees with, and one token of its own after it
+    roll back  cache.length = n + accepted + 1: an integer, nothing is copied
+    optimise   every few cycles, and after the prefill: the DP on the states of the last row accepted
+
+Read ``clasp`` first, then what it calls in that order. ``autoregressive`` is the plain decoding that it must
+agree with and is timed against. Both are generators: they yield token ids and keep ``Stats`` up to date.
+"""
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dp_skip import Layer, Selection, select_layers
+from model import KVCache, Llama
+
+PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly with it
+SKIP_SHARE = 0.5              # defaults by measurement, see README.md ("Settings")
+DRAFT_LENGTH = 4
+EXIT_THRESHOLD = 0.0
+OPT_INTERVAL = 16
+
+
+@dataclass
+class Stats:
+    """What decoding did. Seconds are the decoder's own: what the caller does between tokens is not in them.
+
+    ``seconds`` is all but the prefill: draft, verify and optimise, and the little that is left between.
+    """
+    new_tokens: int = 0
+    prefill_seconds: float = 0.0
+    seconds: float = 0.0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    optimize_seconds: float = 0.0
+    cycles: int = 0                    # passes of the whole model
+    drafted: int = 0
+    accepted: int = 0
+    optimizations: int = 0
+    from_draft: list[bool] = field(default_factory=list)                        # per new token
+    skip_sets: list[tuple[int, frozenset[int]]] = field(default_factory=list)   # (new tokens before it, set)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tau(self) -> float:
+        """Acceptance length: tokens gained per pass of the whole model (1 for plain decoding)."""
+        return self.new_tokens / self.cycles if self.cycles else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+
+@torch.inference_mode()
+def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: int | None = None,
+          draft_length: int = DRAFT_LENGTH, exit_threshold: float = EXIT_THRESHOLD, opt_interval: int = OPT_INTERVAL,
+          temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
+          stats: Stats | None = None) -> Iterator[int]:
+    """Yield up to max_new_tokens tokens, distributed exactly as the whole model's own.
+
+    prompt: at least one token id. skip_layers M: layers left out of the draft, default SKIP_SHARE of them.
+    draft_length K: most tokens drafted per cycle. exit_threshold: a draft ends after a token at which the
+    draft model's top probability (before temperature and top-p) was lower (§5.3.3). opt_interval: cycles
+    between optimisations (§3.7). temperature 0 is greedy. Decoding ends after a token in ``stop``.
+    Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens
+    do not fit the context.
+    """
+    layers = len(model.layers)
+    budget = round(SKIP_SHARE * layers) if skip_layers is None else skip_layers
+    check(0 <= budget < layers, f"the skipped layers must be fewer than the model's {layers}, and at least 0")
+    check(draft_length >= 1, "the draft length must be at least 1")
+    check(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
+    check(opt_interval >= 1, "the optimisation interval must be at least 1")
+    check_request(model, prompt, max_new_tokens, temperature, top_p)
+    stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
+    choose = partial(pick, temperature=temperature, top_p=top_p, rng=rng)
+
+    start = now()
+    cache = KVCache(model, len(prompt) + max_new_tokens + budget)     # the DP's rows lie past all tokens
+    hidden = prefill(model, cache, prompt[:-1])
+    stats.prefill_seconds = now() - start
+    pending, skip = prompt[-1], None
+    while stats.new_tokens < max_new_tokens:
+        start = now()
+        if hidden is not None:                                        # an optimisation is due
+            skip = optimize(model, cache, hidden, budget).skip_sets[budget]
+            stats.skip_sets.append((stats.new_tokens, skip))
+            stats.optimizations += 1
+        optimized = now()
+        drafted, q = [], []
+        if skip is not None:       # else the prompt was one token: no state yet to choose layers from
+            room = max_new_tokens - stats.new_tokens - 1              # the verifier adds one of its own
+            drafted, q = draft(model, cache, pending, skip, min(draft_length, room), exit_threshold, choose, stop)
+        was_drafted = now()
+        states = model(as_row(model, [pending, *drafted]), cache)
+        logits = model.logits(states[-1])[0]                          # (k + 1, vocabulary)
+        if temperature == 0:
+            accepted, own = accept_greedy(drafted, logits)
+        else:
+            accepted, own = accept_sampled(drafted, q, distribution(logits, temperature, top_p), rng)
+        cache.length -= len(drafted) - accepted                       # the roll-back
+        stats.cycles += 1
+        due = stats.cycles % opt_interval == 0
+        hidden = torch.stack([state[0, accepted] for state in states]) if due else None
+        end = now()
+        stats.optimize_seconds += optimized - start
+        stats.draft_seconds += was_drafted - optimized
+        stats.verify_seconds += end - was_drafted
+        stats.seconds += end - start
+        stats.drafted += len(drafted)
+        stats.accepted += accepted
+        for i, token in enumerate([*drafted[:accepted], own]):
+            stats.new_tokens += 1
+            stats.from_draft.append(i < accepted)
+            yield token
+            if token in stop:
+                return
+        pending = own
+
+
+@torch.inference_mode()
+def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, temperature: float = 0.0,
+                   top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
+                   stats: Stats | None = None) -> Iterator[int]:
+    """Plain decoding, one row and one token per pass of the whole model. Arguments as for ``clasp``."""
+    check_request(model, prompt, max_new_tokens, temperature, top_p)
+    stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
+    start = now()
+    cache = KVCache(model, len(prompt) + max_new_tokens)
+    prefill(model, cache, prompt[:-1])
+    stats.prefill_seconds = now() - start
+    token = prompt[-1]
+    while stats.new_tokens < max_new_tokens:
+        start = now()
+        logits = model.logits(model(as_row(model, [token]), cache)[-1])[0, 0]
+        token, _ = pick(logits, temperature, top_p, rng)
+        stats.seconds += now() - start
+        stats.cycles += 1
+        stats.new_tokens += 1
+        stats.from_draft.append(False)
+        yield token
+        if token in stop:
+            return
+
+
+def prefill(model: Llama, cache: KVCache, tokens: list[int]) -> Tensor | None:
+    """Put tokens into the cache; return the last one's hidden states (L+1, hidden), None if there is none."""
+    states = []
+    for i in range(0, len(tokens), PREFILL_ROWS):
+        states = model(as_row(model, tokens[i:i + PREFILL_ROWS]), cache)
+    return torch.stack([state[0, -1] for state in states]) if states else None
+
+
+def optimize(model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=select_layers) -> Selection:
+    """Choose the layers to skip by the DP over the last token in the cache, whose states are ``hidden``.
+
+    hidden (L+1, hidden). ``select`` is either reading of Algorithm 1 in dp_skip.py. The cache's valid part
+    is only read; it needs ``budget`` slots behind it.
+    """
+    return select(candidate_layer(model, cache, budget), hidden, budget)
+
+
+def candidate_layer(model: Llama, cache: KVCache, rows: int) -> Layer:
+    """Decoder layers on candidate states of the last cached token, as dp_skip.py wants them (§3.6).
+
+    A candidate stands at that token's position p. It sees the true keys and values before p, not those at
+    p, which belong to the true state, and its own: each has a slot to itself behind the valid ones.
+    """
+    n = cache.length
+    cos, sin = cache.cos[n - 1:n], cache.sin[n - 1:n]                 # one position for all rows
+    mask = torch.full((rows, n + rows), -torch.inf, dtype=cos.dtype, device=cos.device)
+    mask[:, :n - 1] = 0
+    mask[:, n:].fill_diagonal_(0)
+
+    def layer(i: int, candidates: Tensor) -> Tensor:
+        m = len(candidates)
+        return model.layers[i](candidates[None], cos, sin, mask[:m, :n + m], partial(cache.put, i, n))[0]
+
+    return layer
+
+
+def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], length: int, exit_threshold: float,
+          choose: Callable, stop: Collection[int]) -> tuple[list[int], list[Tensor]]:
+    """Up to ``length`` tokens after ``token`` by the model without the layers in ``skip``.
+
+    Returns them and, when sampling, the distributions q they were drawn from. cache.length is put back:
+    the verifier starts over from there.
+
+    Whether to draw *another* token depends on the confidence at the last; a token once drawn is kept.
+    Dropping it for being unlikely would bias what is left, which was drawn from another distribution than q.
+    """
+    start, tokens, distributions = cache.length, [], []
+    while len(tokens) < length:
+        logits = model.logits(model(as_row(model, [token]), cache, skip)[-1])[0, 0]
+        token, q = choose(logits)
+        tokens.append(token)
+        distributions.append(q)
+        if token in stop or (exit_threshold > 0 and logits.float().softmax(-1).max() < exit_threshold):
+            break
+    cache.length = start
+    return tokens, distributions
+
+
+def accept_greedy(drafted: list[int], logits: Tensor) -> tuple[int, int]:
+    """How many drafted tokens are the whole model's own choice, and its choice after them.
+
+    logits (k+1, vocabulary): row i follows the first i drafted tokens.
+    """
+    best = logits.argmax(-1).tolist()
+    accepted = 0
+    while accepted < len(drafted) and drafted[accepted] == best[accepted]:
+        accepted += 1
+    return accepted, best[accepted]
+
+
+def accept_sampled(drafted: list[int], q: list[Tensor], p: Tensor, rng: torch.Generator) -> tuple[int, int]:
+    """Speculative sampling (Leviathan et al. 2023, Chen et al. 2023): the same, for distributions.
+
+    q: k distributions (vocabulary,) the draft drew from; p (k+1, vocabulary) the whole model's. Token d is
+    accepted with probability min(1, p(d) / q(d)); in place of the first rejected one a token is drawn from
+    max(p - q, 0), normalised, which is just what p has and accepting has not yet given. After a draft
+    accepted whole, one more comes from p.
+    """
+    k, tail = len(drafted), p[-1]
+    accepted = k
+    if k:
+        i, d = torch.arange(k, device=p.device), torch.tensor(drafted, device=p.device)
+        q = torch.stack(q)
+        rejected = torch.rand(k, generator=rng, device=p.device) * q[i, d] >= p[i, d]
+        accepted = int(torch.cat((rejected, rejected.new_ones(1))).int().argmax())   # the first, or k
+        if accepted < k:
+            tail = (p[accepted] - q[accepted]).clamp(min=0)
+            tail = torch.where(tail.sum() > 0, tail, p[accepted])     # p = q but for rounding: nothing is left
+    return accepted, int(torch.multinomial(tail, 1, generator=rng))
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> tuple[int, Tensor | None]:
+    """One token from logits (vocabulary,), and the distribution it was drawn from (None when greedy)."""
+    if temperature == 0:
+        return int(logits.argmax()), None
+    q = distribution(logits, temperature, top_p)
+    return int(torch.multinomial(q, 1, generator=rng)), q
+
+
+def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Logits (..., vocabulary) -> probabilities in float32 after temperature and nucleus (top-p) filtering.
+
+    Nucleus: the fewest most likely tokens whose probabilities reach top_p together, renormalised.
+    """
+    p = (logits.float() / temperature).softmax(-1)
+    if top_p < 1:
+        ordered, token = p.sort(dim=-1, descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0            # those before it reach top_p already
+        p = torch.zeros_like(p).scatter(-1, token, ordered)
+        p /= p.sum(-1, keepdim=True)
+    return p
+
+
+def as_row(model: Llama, tokens: list[int]) -> Tensor:
+    return torch.tensor([tokens], device=model.embed.weight.device)
+
+
+def generator(model: Llama, seed: int) -> torch.Generator:
+    return torch.Generator(model.embed.weight.device).manual_seed(seed)
+
+
+def clock(model: Llama) -> Callable[[], float]:
+    """Seconds now, after all work given to the device is done."""
+    if model.embed.weight.device.type != "cuda":
+        return time.perf_counter
+    return lambda: torch.cuda.synchronize(model.embed.weight.device) or time.perf_counter()
+
+
+class SettingsError(ValueError):
+    """A request that cannot be carried out, said in one line that is meant for the user."""
+
+
+def check(condition: bool, message: str):
+    if not condition:
+        raise SettingsError(message)
+
+
+def check_request(model: Llama, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float):
+    context = model.config.max_position_embeddings
+    check(len(prompt) >= 1, "the prompt is empty")
+    check(max_new_tokens >= 1, "the number of new tokens must be at least 1")
+    check(len(prompt) + max_new_tokens <= context,
+          f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the model's context of {context}")
+    check(temperature >= 0, "the temperature must not be negative")
+    check(0 < top_p <= 1, "top-p must lie above 0 and at most at 1")
