@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# layer(i, rows): decoder layer i (from 0) on rows (m, hidden), each a candidate state of the *same* token,
-# none of which may see another. Returns (m, hidden).
+# layer(i, rows): decoder layer i (from 0) on rows (m, dim), each a candidate state of the *same* token,
+# none of which may see another. Returns (m, dim).
 Layer = Callable[[int, Tensor], Tensor]
 
 
@@ -37,48 +37,50 @@ class Selection(NamedTuple):
     cosines: list[float]
 
 
-def select_layers_plain(layer: Layer, hidden: Tensor, budget: int) -> Selection:
-    """Algorithm 1 as it reads: one layer call per cell. hidden (L+1, hidden): the states of one token.
+def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
+    """Algorithm 1 as it reads: one layer call per cell. states (L+1, dim): h_0 .. h_L of one token.
 
     Raises ValueError unless 0 <= budget <= L.
     """
-    layers = check(hidden, budget)
-    g, skipped, cosine = {(0, 0): hidden[0]}, {}, {(0, 0): 1.0}
+    layers = layer_count(states, budget)
+    g, skipped = {(0, 0): states[0]}, {}
     for i in range(1, layers + 1):
         for j in range(min(i, budget) + 1):
             if j == 0:
-                g[i, j], skipped[i, j] = hidden[i], False
+                g[i, j], skipped[i, j] = states[i], False
             elif j == i:
-                g[i, j], skipped[i, j] = hidden[0], True
+                g[i, j], skipped[i, j] = states[0], True
             else:
                 run, skip = layer(i - 1, g[i - 1, j][None])[0], g[i - 1, j - 1]
-                skipped[i, j] = cosines(skip[None], hidden[i]).item() > cosines(run[None], hidden[i]).item()
+                run_cosine, skip_cosine = cosines(torch.stack((run, skip)), states[i]).tolist()
+                skipped[i, j] = skip_cosine > run_cosine
                 g[i, j] = skip if skipped[i, j] else run
-            cosine[i, j] = cosines(g[i, j][None], hidden[i]).item()
+    final = torch.stack([g[layers, m] for m in range(budget + 1)])
     return Selection([walk_back(lambda i, j: skipped[i, j], layers, m) for m in range(budget + 1)],
-                     [cosine[layers, m] for m in range(budget + 1)])
+                     cosines(final, states[-1]).tolist())
 
 
-def select_layers(layer: Layer, hidden: Tensor, budget: int) -> Selection:
-    """The same in L calls of ``layer``, call i on at most ``budget`` rows (§3.6). hidden (L+1, hidden).
+def select_layers(layer: Layer, states: Tensor, budget: int) -> Selection:
+    """The same in L calls of ``layer``, each on at most ``budget`` rows (§3.6). states (L+1, dim).
 
     Nothing is read back to the host before the end. Raises ValueError unless 0 <= budget <= L.
     """
-    layers = check(hidden, budget)
-    survivors, choices = hidden[:1], []                       # g(0, 0): (1, hidden)
+    layers = layer_count(states, budget)
+    survivors, choices = states[:1], []                       # g(0, 0): (1, dim)
     for i in range(1, layers + 1):
         width = len(survivors)                                # column i-1 holds j = 0 .. width-1
-        run = hidden[i:i + 1] if width == 1 else torch.cat((hidden[i:i + 1], layer(i - 1, survivors[1:])))
-        closeness = cosines(torch.cat((run, survivors)), hidden[i])
-        if_run = F.pad(closeness[:width], (0, 1), value=-torch.inf)     # j = i cannot run layer i,
-        if_skip = F.pad(closeness[width:], (1, 0), value=-torch.inf)    # j = 0 cannot skip it
+        run = states[i:i + 1] if width == 1 else torch.cat((states[i:i + 1], layer(i - 1, survivors[1:])))
+        both = torch.cat((run, survivors))                    # (2 * width, dim)
+        closeness = cosines(both, states[i])
+        if_run = F.pad(closeness[:width], (0, 1), value=-torch.inf)     # j = i cannot have run layer i,
+        if_skip = F.pad(closeness[width:], (1, 0), value=-torch.inf)    # j = 0 cannot have skipped it
         skip = (if_skip > if_run)[:budget + 1]
         choices.append(F.pad(skip, (0, budget + 1 - len(skip))))
-        j = torch.arange(len(skip), device=hidden.device)
-        survivors = torch.cat((run, survivors))[torch.where(skip, width + j - 1, j)]
-    table = torch.stack(choices).tolist() if layers else []   # (L, M+1) of bool
+        j = torch.arange(len(skip), device=states.device)
+        survivors = both[torch.where(skip, width + j - 1, j)]
+    table = torch.stack(choices).tolist()                     # (L, M+1) of bool
     return Selection([walk_back(lambda i, j: table[i - 1][j], layers, m) for m in range(budget + 1)],
-                     cosines(survivors, hidden[-1]).tolist())
+                     cosines(survivors, states[-1]).tolist())
 
 
 def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> frozenset[int]:
@@ -92,12 +94,13 @@ def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> 
 
 
 def cosines(rows: Tensor, target: Tensor) -> Tensor:
-    """Cosine of each row with one state, in float32: rows (m, hidden), target (hidden,) -> (m,)."""
+    """Cosine of each row with one state, in float32: rows (m, dim), target (dim,) -> (m,)."""
     return F.cosine_similarity(rows.float(), target.float()[None], dim=-1)
 
 
-def check(hidden: Tensor, budget: int) -> int:
-    layers = len(hidden) - 1
-    if not 0 <= budget <= layers:
+def layer_count(states: Tensor, budget: int) -> int:
+    """L, after checking that ``budget`` of L layers can be skipped."""
+    layers = len(states) - 1
+    if layers < 1 or not 0 <= budget <= layers:
         raise ValueError(f"cannot skip {budget} of {layers} layers")
     return layers

@@ -7,17 +7,18 @@ can get wrong ends in one line on standard error and exit status 2. This file kn
 tokenizers, chat templates, printing. Decoding is in speculative.py.
 """
 import argparse
+import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from model import Llama, ModelError, find_folder, load_model, read_json
-from speculative import (DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, SKIP_SHARE, SettingsError, Stats, autoregressive,
-                         clasp)
+from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, SettingsError, Stats, autoregressive, clasp
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "fairy-tales"
 DRAFTED, VERIFIED, PLAIN = "\033[32m", "\033[1;35m", "\033[0m"     # green; bold magenta; back to normal
@@ -44,11 +45,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
                         help="sample from the likeliest tokens that reach P together; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
-    parser.add_argument("--skip-layers", type=int, metavar="M", help=f"layers the draft leaves out; default: {SKIP_SHARE:.0%} of them".replace("%", "%%"))
-    parser.add_argument("--draft-length", type=int, metavar="K", default=DRAFT_LENGTH, help="most tokens drafted at once; default: %(default)s")
-    parser.add_argument("--draft-exit-threshold", type=float, metavar="X", default=EXIT_THRESHOLD,
-                        help="stop drafting when the draft's top probability is lower; default: %(default)s")
-    parser.add_argument("--opt-interval", type=int, metavar="N", default=OPT_INTERVAL, help="cycles between two choices of the skipped layers; default: %(default)s")
+    by_model = "default: what the model's generation_config.json suggests, else"
+    parser.add_argument("--skip-layers", type=int, metavar="M", help=f"layers the draft leaves out; {by_model} half of them")
+    parser.add_argument("--draft-length", type=int, metavar="K", help=f"most tokens drafted at once; {by_model} {DRAFT_LENGTH}")
+    parser.add_argument("--draft-exit-threshold", type=float, metavar="X",
+                        help=f"stop drafting when the draft's top probability is lower; {by_model} {EXIT_THRESHOLD}")
+    parser.add_argument("--opt-interval", type=int, metavar="N",
+                        help=f"cycles between two choices of the skipped layers; {by_model} {OPT_INTERVAL}")
     parser.add_argument("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="default: float32 on the CPU, bfloat16 elsewhere")
@@ -69,11 +72,14 @@ class Text:
         from tokenizers import Tokenizer
         try:
             self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self.tokenizer.no_truncation()                     # some files carry training's settings
+            self.tokenizer.no_padding()
         except Exception as error:                             # the library raises bare Exception
             raise ModelError(f"{folder / 'tokenizer.json'}: missing or unreadable ({error})") from None
         self.folder, self.config = folder, read_json(folder / "tokenizer_config.json")
-        self.special = {name: token["content"] if isinstance(token, dict) else token
-                        for name, token in self.config.items() if name.endswith("_token") and token}
+        named = {name: self.config.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        self.special = {name: token.get("content") if isinstance(token, dict) else token
+                        for name, token in named.items() if token}
         self.stop = set()
         for file in ("generation_config.json", "config.json"):     # the first that names any: an id or a list
             ids = read_json(folder / file).get("eos_token_id")
@@ -94,45 +100,60 @@ class Text:
         """The prompt as one user message in the model's own Jinja template, run in jinja2's sandbox."""
         import jinja2.sandbox
         path, template = self.folder / "chat_template.jinja", self.config.get("chat_template")
-        if path.exists():
-            template = path.read_text(encoding="utf-8")
-        if isinstance(template, list):                         # several, by name
-            template = {t["name"]: t["template"] for t in template}.get("default")
-        if not template:
-            raise ModelError(f"{self.folder} has no chat template: leave out --chat")
 
         def refuse(message):
             raise jinja2.TemplateError(message)
 
-        def strftime_now(pattern):
-            from datetime import datetime
-            return datetime.now().strftime(pattern)
+        def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals |= {"raise_exception": refuse, "strftime_now": strftime_now}
+        environment.filters["tojson"] = to_json
+        environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         try:
-            return environment.from_string(template).render(
-                messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, **self.special)
-        except jinja2.TemplateError as error:
+            if path.exists():
+                template = path.read_text(encoding="utf-8")
+            if isinstance(template, list):                     # several, by name
+                template = {t["name"]: t["template"] for t in template}.get("default")
+            if template:
+                return environment.from_string(template).render(
+                    messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, **self.special)
+        except Exception as error:                             # a template is a program, and may fail as one
             raise ModelError(f"{self.folder}: the chat template failed: {error}") from None
+        raise ModelError(f"{self.folder} has no chat template: leave out --chat")
 
     def stream(self, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
-        """The text that each token completes, "" while a character is still in pieces."""
-        from tokenizers.decoders import DecodeStream
-        stream = DecodeStream(prompt, skip_special_tokens=True)
+        """The text that each token adds, "" while a character is still in pieces.
+
+        A token's text depends on those before it (spaces, bytes of one character), so a few of them are
+        decoded with it and taken off again. (tokenizers' DecodeStream raises on some byte sequences.)
+        """
+        def decode(ids):
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+        ids, start, shown = list(prompt), max(0, len(prompt) - 5), len(prompt)
         for token in tokens:
-            yield stream.step(self.tokenizer, token) or ""
+            ids.append(token)
+            before, now = decode(ids[start:shown]), decode(ids[start:])
+            if len(now) > len(before) and not now.endswith("\ufffd"):       # U+FFFD: half a character
+                start, shown = shown, len(ids)
+                yield now[len(before):]
+            else:
+                yield ""
 
 
 def read_prompt(args) -> str:
-    if args.prompt_file is None:
-        return args.prompt
     try:
-        return sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"cannot read the prompt from {args.prompt_file}: {error}") from None
+        prompt = args.prompt
+        if args.prompt_file is not None:
+            prompt = sys.stdin.read() if args.prompt_file == "-" else Path(args.prompt_file).read_text(encoding="utf-8")
+        prompt.encode()                                        # bytes that were no UTF-8 fail here
+    except (OSError, UnicodeError) as error:
+        raise SettingsError(f"cannot read the prompt: {error}") from None
+    if not prompt.strip():
+        raise SettingsError("the prompt is empty")
+    return prompt
 
 
 # ---------------------------------------------------------------------------- running
@@ -151,14 +172,27 @@ def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, to
     return device, getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
-def decoder(args, model: Llama, stop: set[int]) -> Callable[..., Iterator[int]]:
-    """decode(method, prompt, max_new_tokens, stats) with everything else taken from the arguments."""
+def suggested_settings(folder: Path) -> dict:
+    """clasp's four settings: from "clasp" in the model's generation_config.json, where it has them, else the defaults."""
+    settings = {"skip_layers": None, "draft_length": DRAFT_LENGTH, "exit_threshold": EXIT_THRESHOLD, "opt_interval": OPT_INTERVAL}
+    suggested = read_json(folder / "generation_config.json").get("clasp", {})
+    if not (isinstance(suggested, dict) and suggested.keys() <= settings.keys()
+            and all(isinstance(value, int | float) for value in suggested.values())):
+        raise ModelError(f"{folder / 'generation_config.json'}: clasp may give {', '.join(settings)} a number, nothing else")
+    return settings | suggested
+
+
+def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., Iterator[int]]:
+    """decode(method, prompt, max_new_tokens, stats), with everything else as the command line and the model say."""
+    common = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed, stop=stop)
+    given = {"skip_layers": args.skip_layers, "draft_length": args.draft_length,
+             "exit_threshold": args.draft_exit_threshold, "opt_interval": args.opt_interval}
+    settings = suggested_settings(folder) | {name: value for name, value in given.items() if value is not None}
+
     def decode(method: str, prompt: list[int], max_new_tokens: int, stats: Stats) -> Iterator[int]:
-        common = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed, stop=stop, stats=stats)
         if method == "autoregressive":
-            return autoregressive(model, prompt, max_new_tokens, **common)
-        return clasp(model, prompt, max_new_tokens, skip_layers=args.skip_layers, draft_length=args.draft_length,
-                     exit_threshold=args.draft_exit_threshold, opt_interval=args.opt_interval, **common)
+            return autoregressive(model, prompt, max_new_tokens, stats=stats, **common)
+        return clasp(model, prompt, max_new_tokens, stats=stats, **common, **settings)
     return decode
 
 
@@ -173,28 +207,54 @@ def show(pieces: Iterator[str], stats: Stats, colour: bool):
     sys.stdout.flush()
 
 
+def say(line: str, end="\n"):
+    print(line, file=sys.stderr, end=end, flush=True)
+
+
 def report(args, stats: Stats, layers: int):
+    """Statistics in a few lines on standard error."""
     s = stats
     say(f"{args.method}: {s.new_tokens} tokens in {s.seconds:.2f} s, {s.tokens_per_second:.1f} tokens/s "
         f"(prompt: {s.prefill_seconds:.2f} s)")
     if args.method == "clasp" and s.cycles:
-        share = {name: f"{100 * seconds / s.seconds:.0f} %" for name, seconds in (
-            ("draft", s.draft_seconds), ("verify", s.verify_seconds), ("optimise", s.optimize_seconds))}
+        shares = ", ".join(f"{name} {100 * seconds / s.seconds:.0f} %" for name, seconds in (
+            ("draft", s.draft_seconds), ("verify", s.verify_seconds), ("optimise", s.optimize_seconds)))
         skipped = len(s.skip_sets[-1][1]) if s.skip_sets else 0
-        say(f"  {s.tau:.2f} tokens per pass of the whole model (tau); {s.accepted} of {s.drafted} drafted tokens accepted "
-            f"({100 * s.acceptance_rate:.0f} %), with {skipped} of {layers} layers skipped")
-        say(f"  time: " + ", ".join(f"{name} {part}" for name, part in share.items())
-            + f"; {s.cycles} cycles, {s.optimizations} optimisations")
+        say(f"  {s.tau:.2f} tokens per pass of the whole model (tau); {s.accepted} of {s.drafted} drafted tokens "
+            f"accepted ({100 * s.acceptance_rate:.0f} %), with {skipped} of {layers} layers skipped")
+        say(f"  time: {shares}; {s.cycles} cycles, {s.optimizations} optimisations")
     if args.show_drafts and not args.json:
         say(f"  {DRAFTED}drafted and accepted{PLAIN}, {VERIFIED}written by the verifier{PLAIN}")
     if args.show_skips:
-        say("  layers skipped (░) and run (█), first to last, from the n-th new token on:")
+        say("  layers run (█) and skipped (░), first to last, from the n-th new token on:")
         for at, skipped in s.skip_sets:
             say(f"  {at:5d} " + "".join("░" if i in skipped else "█" for i in range(layers)))
 
 
-def say(line: str):
-    print(line, file=sys.stderr, flush=True)
+def compare(args, stats: Stats, plain: Stats) -> dict:
+    """Report plain decoding beside ``stats``; returns what --json says of it."""
+    speedup, identical = stats.tokens_per_second / plain.tokens_per_second, stats.tokens == plain.tokens
+    if identical:
+        verdict = "yes"
+    elif args.temperature > 0:
+        verdict = "no (samples share their distribution, not their tokens; --temperature 0 compares tokens)"
+    else:
+        verdict = f"no, from new token {next(i for i, (a, b) in enumerate(zip(stats.tokens, plain.tokens)) if a != b)} on"
+    say(f"autoregressive: {plain.new_tokens} tokens in {plain.seconds:.2f} s, {plain.tokens_per_second:.1f} tokens/s")
+    say(f"speedup {speedup:.2f}x; identical: {verdict}")
+    return {"autoregressive": {"tokens": plain.tokens, "seconds": plain.seconds,
+                               "tokens_per_second": plain.tokens_per_second},
+            "speedup": speedup, "identical": identical}
+
+
+def as_json(args, model: Llama, prompt: list[int], text: str, stats: Stats, comparison: dict) -> str:
+    names = ("new_tokens", "seconds", "prefill_seconds", "tokens_per_second", "cycles", "tau", "drafted", "accepted",
+             "acceptance_rate", "optimizations", "draft_seconds", "verify_seconds", "optimize_seconds")
+    weight, last = model.embed.weight, stats.skip_sets[-1][1] if stats.skip_sets else ()
+    return json.dumps({
+        "text": text, "tokens": stats.tokens, "prompt_tokens": prompt, "method": args.method, "model": args.model,
+        "device": str(weight.device), "dtype": str(weight.dtype).removeprefix("torch."),
+        "stats": {name: getattr(stats, name) for name in names} | {"skipped_layers": sorted(last)}, **comparison})
 
 
 def run(args) -> int:
@@ -203,69 +263,46 @@ def run(args) -> int:
     folder = find_folder(args.model)
     text = Text(folder)
     prompt = text.encode(prompt_text, args.chat)
-    if not prompt or not prompt_text.strip():
-        raise SettingsError("the prompt is empty")
     model = load_model(folder, device, dtype)
-    layers = model.config.num_hidden_layers
-    decode, stats, tokens = decoder(args, model, text.stop), Stats(), []
+    decode, stats, comparison, written = decoder(args, folder, model, text.stop), Stats(), {}, ""
     if args.compare:                                           # first passes are slow and would be unfair
         for method in ("clasp", "autoregressive"):
             list(decode(method, prompt, min(8, args.max_new_tokens), Stats()))
 
-    def keep(source):
-        for token in source:
-            tokens.append(token)
-            yield token
-
-    pieces = text.stream(prompt, keep(decode(args.method, prompt, args.max_new_tokens, stats)))
-    status = 0
+    pieces = text.stream(prompt, decode(args.method, prompt, args.max_new_tokens, stats))
     try:
         if args.json:
             written = "".join(pieces)
         else:
+            first = next(pieces, "")                           # whatever is refused, is refused before any output
             if sys.stderr.isatty() and not args.chat:          # so that a terminal shows the text whole
-                print(f"\033[2m{prompt_text}{PLAIN}", end="", file=sys.stderr, flush=True)
-            show(pieces, stats, args.show_drafts)
-    except KeyboardInterrupt:
-        if args.json:
-            raise
-        print(PLAIN if args.show_drafts else "")
-        status = 130
-    report(args, stats, layers)
-
-    plain = None
-    if args.compare and status == 0:
-        plain_stats = Stats()
-        plain_tokens = list(decode("autoregressive", prompt, args.max_new_tokens, plain_stats))
-        speedup, identical = stats.tokens_per_second / plain_stats.tokens_per_second, plain_tokens == tokens
-        plain = {"autoregressive": {"tokens": plain_tokens, "seconds": plain_stats.seconds,
-                                    "tokens_per_second": plain_stats.tokens_per_second},
-                 "speedup": speedup, "identical": identical}
-        say(f"autoregressive: {plain_stats.new_tokens} tokens in {plain_stats.seconds:.2f} s, "
-            f"{plain_stats.tokens_per_second:.1f} tokens/s")
-        first = next((i for i, (a, b) in enumerate(zip(tokens, plain_tokens)) if a != b), min(len(tokens), len(plain_tokens)))
-        verdict = ("yes" if identical else f"no, from new token {first} on" if args.temperature == 0
-                   else "no; samples need not be, they only share their distribution (--temperature 0 compares)")
-        say(f"speedup {speedup:.2f}x; identical: {verdict}")
+                say(f"\033[2m{prompt_text}{PLAIN}", end="")
+            show(itertools.chain((first,), pieces), stats, args.show_drafts)
+    except KeyboardInterrupt:                                  # the text so far stays
+        say("\ninterrupted")
+        report(args, stats, model.config.num_hidden_layers)
+        return 130
+    report(args, stats, model.config.num_hidden_layers)
+    if args.compare:
+        plain = Stats()
+        list(decode("autoregressive", prompt, args.max_new_tokens, plain))
+        comparison = compare(args, stats, plain)
     if args.json:
-        names = ("new_tokens", "seconds", "prefill_seconds", "tokens_per_second", "cycles", "tau", "drafted", "accepted",
-                 "acceptance_rate", "optimizations", "draft_seconds", "verify_seconds", "optimize_seconds")
-        print(json.dumps({
-            "text": written, "tokens": tokens, "prompt_tokens": prompt, "method": args.method, "model": args.model,
-            "device": str(device), "dtype": str(dtype).removeprefix("torch."),
-            "stats": {name: getattr(stats, name) for name in names}
-            | {"skipped_layers": sorted(stats.skip_sets[-1][1]) if stats.skip_sets else []}, **(plain or {})}))
-    return status
+        print(as_json(args, model, prompt, written, stats, comparison))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0; 2 for a user's mistake, said in one line; 130 after Ctrl-C."""
     try:
         return run(arguments(argv))
     except (ModelError, SettingsError) as error:
-        say(f"generate.py: {error}")
+        say("generate.py: " + " ".join(str(error).split()))
         return 2
-    except torch.OutOfMemoryError:
-        say("generate.py: out of GPU memory: lower --max-new-tokens, shorten the prompt, or use --dtype bfloat16")
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        say("generate.py: out of memory: lower --max-new-tokens, shorten the prompt, or use --dtype bfloat16")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -275,4 +312,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                   # a terminal without UTF-8 is no reason to stop
     sys.exit(main())

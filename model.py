@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-         "special_tokens_map.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+         "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 
 
 class ModelError(Exception):
@@ -112,19 +112,20 @@ class DecoderLayer(nn.Module):
         self.gate_up = nn.Linear(dim, 2 * inner, bias=False)
         self.down = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, kv=None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, store=None) -> Tensor:
         """x (batch, rows, hidden) -> the same shape.
 
-        cos, sin (rows, head_dim): RoPE at each row's position. ``kv(k, v)`` puts the rows' keys and
-        values into the cache and returns all that may be seen; without it rows see only each other.
-        mask (rows, slots) is added to the scores: 0 where a row may look, -inf elsewhere; None means that
-        row r sees the slots up to its own, counted from the first (one row sees all).
+        cos, sin (rows, head_dim): RoPE at each row's position. ``store(k, v)`` puts the rows' keys and
+        values into the cache and returns those of all slots; without it the rows are all there is.
+        mask (rows, slots) is added to the scores: 0 where a row may look, -inf elsewhere. None: a single
+        row sees everything, and of several, which then start at slot 0, each sees those up to itself.
         """
-        heads = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        # q, k and v are (batch, their heads, rows, head_dim); q and k are rotated as one
+        qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
-        if kv is not None:
-            k, v = kv(k, v)                                    # (batch, kv_heads, slots, head_dim)
+        if store is not None:
+            k, v = store(k, v)                                 # (batch, kv_heads, slots, head_dim)
         seen = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1, enable_gqa=True)
         x = x + self.o(seen.transpose(1, 2).flatten(2))
@@ -187,7 +188,7 @@ class Llama(nn.Module):
         states = [x]
         for i, layer in enumerate(self.layers):
             if i not in skip:
-                x = layer(x, cos, sin, mask, cache and partial(cache.put, i, start))
+                x = layer(x, cos, sin, mask, None if cache is None else partial(cache.put, i, start))
             states.append(x)
         return states
 
@@ -203,21 +204,28 @@ def find_folder(name: str) -> Path:
 
     Raises ModelError, saying what to do, when there is no such folder, repo, permission or network.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/"):
+    try:
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return folder
+        is_file = folder.exists()
+    except (OSError, RuntimeError) as error:                   # not allowed to look, name too long, ~nobody
+        raise ModelError(f"no folder {name} ({error})") from None
+    if is_file or name.startswith((".", "/", "~")) or name.count("/") != 1 or name.endswith("/"):
         raise ModelError(f"no folder {name}: --model takes a folder or a Hugging Face repo id, owner/name")
     from huggingface_hub import errors, snapshot_download      # a second to import, and only needed here
     try:
+        read_config(Path(snapshot_download(name, allow_patterns=["config.json"])))    # before gigabytes follow
         return Path(snapshot_download(name, allow_patterns=FILES))
+    except ModelError:
+        raise
     except errors.GatedRepoError:
         raise ModelError(f"{name} is gated: accept its licence on its page at huggingface.co, "
                          "then log in with `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise ModelError(f"{name} is neither a folder here nor a model on huggingface.co "
                          "(if it is private, log in with `hf auth login`)") from None
-    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:                                 # its network layers raise many unrelated types
         raise ModelError(f"{name} is not a folder here and could not be downloaded ({type(error).__name__}): check "
                          "the network and HF_HUB_OFFLINE, or pass a folder") from None
 
@@ -240,30 +248,38 @@ def read_config(folder: Path) -> Config:
     if not raw:
         raise ModelError(f"{path} is missing or empty: a model folder holds config.json, *.safetensors, tokenizer.json")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}      # the new name, the old name
+    if not isinstance(rope, dict):
+        raise ModelError(f"{path}: the RoPE fields are no object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     for wrong, what in (
             (raw.get("model_type") != "llama", f"model_type {raw.get('model_type')!r}, not 'llama'"),
             (raw.get("attention_bias"), "attention biases"),
             (raw.get("mlp_bias"), "MLP biases"),
             (raw.get("hidden_act", "silu") != "silu", f"activation {raw.get('hidden_act')!r}, not 'silu'"),
+            (raw.get("partial_rotary_factor", 1) != 1, "rotating only a part of each head"),
             (raw.get("quantization_config"), "quantised weights"),
             (kind not in ("default", "llama3"), f"rope_type {kind!r}, not 'default' or 'llama3'")):
         if wrong:
             raise ModelError(f"{path}: unsupported: {what}")
     try:
-        heads = raw["num_attention_heads"]
+        sizes = {key: raw[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                           "num_attention_heads", "max_position_embeddings")}
+        heads = sizes["num_attention_heads"]
+        sizes["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
+        sizes["head_dim"] = raw.get("head_dim") or sizes["hidden_size"] // heads
+        if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+            raise ValueError(f"sizes must be positive integers, not {sizes}")
+        if heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
+            raise ValueError("key-value heads must divide the heads, and head_dim must be even")
         scaling = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        return Config(
-            vocab_size=raw["vocab_size"], hidden_size=raw["hidden_size"], intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"], num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_position_embeddings=raw["max_position_embeddings"], rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
-            rope_scaling={key: rope[key] for key in scaling} if kind == "llama3" else None,
-            tie_word_embeddings=raw.get("tie_word_embeddings", False))
+        return Config(**sizes, rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+                      rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+                      rope_scaling={key: float(rope[key]) for key in scaling} if kind == "llama3" else None,
+                      tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)))
     except KeyError as error:
         raise ModelError(f"{path}: the field {error} is missing") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
 def named_weights(model: Llama) -> dict[str, Tensor]:
@@ -294,6 +310,8 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> Llama:
     model = model.to_empty(device=device).requires_grad_(False).eval()
     wanted = named_weights(model)
     index = read_json(folder / "model.safetensors.index.json")
+    if index and not isinstance(index.get("weight_map"), dict):
+        raise ModelError(f"{folder / 'model.safetensors.index.json'}: no weight_map")
     files = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
     for path in (folder / file for file in files):
         try:

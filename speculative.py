@@ -24,8 +24,7 @@ from dp_skip import Layer, Selection, select_layers
 from model import KVCache, Llama
 
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly with it
-SKIP_SHARE = 0.5              # defaults by measurement, see README.md ("Settings")
-DRAFT_LENGTH = 4
+DRAFT_LENGTH = 4              # defaults by measurement, see README.md
 EXIT_THRESHOLD = 0.0
 OPT_INTERVAL = 16
 
@@ -34,9 +33,8 @@ OPT_INTERVAL = 16
 class Stats:
     """What decoding did. Seconds are the decoder's own: what the caller does between tokens is not in them.
 
-    ``seconds`` is all but the prefill: draft, verify and optimise, and the little that is left between.
+    ``seconds`` is all but the prefill: draft, verify and optimise.
     """
-    new_tokens: int = 0
     prefill_seconds: float = 0.0
     seconds: float = 0.0
     draft_seconds: float = 0.0
@@ -46,8 +44,13 @@ class Stats:
     drafted: int = 0
     accepted: int = 0
     optimizations: int = 0
-    from_draft: list[bool] = field(default_factory=list)                        # per new token
+    tokens: list[int] = field(default_factory=list)                             # the new ones
+    from_draft: list[bool] = field(default_factory=list)                        # for each: did the draft write it?
     skip_sets: list[tuple[int, frozenset[int]]] = field(default_factory=list)   # (new tokens before it, set)
+
+    @property
+    def new_tokens(self) -> int:
+        return len(self.tokens)
 
     @property
     def tokens_per_second(self) -> float:
@@ -70,7 +73,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
           stats: Stats | None = None) -> Iterator[int]:
     """Yield up to max_new_tokens tokens, distributed exactly as the whole model's own.
 
-    prompt: at least one token id. skip_layers M: layers left out of the draft, default SKIP_SHARE of them.
+    prompt: at least one token id. skip_layers M: layers left out of the draft, default half of them.
     draft_length K: most tokens drafted per cycle. exit_threshold: a draft ends after a token at which the
     draft model's top probability (before temperature and top-p) was lower (§5.3.3). opt_interval: cycles
     between optimisations (§3.7). temperature 0 is greedy. Decoding ends after a token in ``stop``.
@@ -78,12 +81,12 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     do not fit the context.
     """
     layers = len(model.layers)
-    budget = round(SKIP_SHARE * layers) if skip_layers is None else skip_layers
-    check(0 <= budget < layers, f"the skipped layers must be fewer than the model's {layers}, and at least 0")
-    check(draft_length >= 1, "the draft length must be at least 1")
-    check(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
-    check(opt_interval >= 1, "the optimisation interval must be at least 1")
-    check_request(model, prompt, max_new_tokens, temperature, top_p)
+    budget = layers // 2 if skip_layers is None else skip_layers
+    require(0 <= budget < layers, f"the skipped layers must be fewer than the model's {layers}, and at least 0")
+    require(draft_length >= 1, "the draft length must be at least 1")
+    require(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
+    require(opt_interval >= 1, "the optimisation interval must be at least 1")
+    require_possible(model, prompt, max_new_tokens, temperature, top_p, seed)
     stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
     choose = partial(pick, temperature=temperature, top_p=top_p, rng=rng)
 
@@ -112,8 +115,8 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
             accepted, own = accept_sampled(drafted, q, distribution(logits, temperature, top_p), rng)
         cache.length -= len(drafted) - accepted                       # the roll-back
         stats.cycles += 1
-        due = stats.cycles % opt_interval == 0
-        hidden = torch.stack([state[0, accepted] for state in states]) if due else None
+        due = skip is None or stats.cycles % opt_interval == 0
+        hidden = torch.stack([state[0, accepted] for state in states]) if due else None    # (L+1, dim)
         end = now()
         stats.optimize_seconds += optimized - start
         stats.draft_seconds += was_drafted - optimized
@@ -122,7 +125,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         stats.drafted += len(drafted)
         stats.accepted += accepted
         for i, token in enumerate([*drafted[:accepted], own]):
-            stats.new_tokens += 1
+            stats.tokens.append(token)
             stats.from_draft.append(i < accepted)
             yield token
             if token in stop:
@@ -135,7 +138,7 @@ def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, temp
                    top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
                    stats: Stats | None = None) -> Iterator[int]:
     """Plain decoding, one row and one token per pass of the whole model. Arguments as for ``clasp``."""
-    check_request(model, prompt, max_new_tokens, temperature, top_p)
+    require_possible(model, prompt, max_new_tokens, temperature, top_p, seed)
     stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
     start = now()
     cache = KVCache(model, len(prompt) + max_new_tokens)
@@ -148,7 +151,7 @@ def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, temp
         token, _ = pick(logits, temperature, top_p, rng)
         stats.seconds += now() - start
         stats.cycles += 1
-        stats.new_tokens += 1
+        stats.tokens.append(token)
         stats.from_draft.append(False)
         yield token
         if token in stop:
@@ -156,7 +159,7 @@ def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, temp
 
 
 def prefill(model: Llama, cache: KVCache, tokens: list[int]) -> Tensor | None:
-    """Put tokens into the cache; return the last one's hidden states (L+1, hidden), None if there is none."""
+    """Put tokens into the cache; return the last one's hidden states (L+1, dim), None if there is none."""
     states = []
     for i in range(0, len(tokens), PREFILL_ROWS):
         states = model(as_row(model, tokens[i:i + PREFILL_ROWS]), cache)
@@ -166,7 +169,7 @@ def prefill(model: Llama, cache: KVCache, tokens: list[int]) -> Tensor | None:
 def optimize(model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=select_layers) -> Selection:
     """Choose the layers to skip by the DP over the last token in the cache, whose states are ``hidden``.
 
-    hidden (L+1, hidden). ``select`` is either reading of Algorithm 1 in dp_skip.py. The cache's valid part
+    hidden (L+1, dim). ``select`` is either reading of Algorithm 1 in dp_skip.py. The cache's valid part
     is only read; it needs ``budget`` slots behind it.
     """
     return select(candidate_layer(model, cache, budget), hidden, budget)
@@ -192,7 +195,7 @@ def candidate_layer(model: Llama, cache: KVCache, rows: int) -> Layer:
 
 
 def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], length: int, exit_threshold: float,
-          choose: Callable, stop: Collection[int]) -> tuple[list[int], list[Tensor]]:
+          choose: Callable, stop: Collection[int]) -> tuple[list[int], list[Tensor | None]]:
     """Up to ``length`` tokens after ``token`` by the model without the layers in ``skip``.
 
     Returns them and, when sampling, the distributions q they were drawn from. cache.length is put back:
@@ -259,7 +262,8 @@ def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 
     Nucleus: the fewest most likely tokens whose probabilities reach top_p together, renormalised.
     """
-    p = (logits.float() / temperature).softmax(-1)
+    logits = logits.float()
+    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)      # no overflow, however cold
     if top_p < 1:
         ordered, token = p.sort(dim=-1, descending=True)
         ordered[ordered.cumsum(-1) - ordered >= top_p] = 0            # those before it reach top_p already
@@ -278,25 +282,29 @@ def generator(model: Llama, seed: int) -> torch.Generator:
 
 def clock(model: Llama) -> Callable[[], float]:
     """Seconds now, after all work given to the device is done."""
-    if model.embed.weight.device.type != "cuda":
+    device = model.embed.weight.device
+    if device.type == "cpu":
         return time.perf_counter
-    return lambda: torch.cuda.synchronize(model.embed.weight.device) or time.perf_counter()
+    synchronize = torch.mps.synchronize if device.type == "mps" else partial(torch.cuda.synchronize, device)
+    return lambda: synchronize() or time.perf_counter()
 
 
 class SettingsError(ValueError):
     """A request that cannot be carried out, said in one line that is meant for the user."""
 
 
-def check(condition: bool, message: str):
+def require(condition: bool, message: str):
     if not condition:
         raise SettingsError(message)
 
 
-def check_request(model: Llama, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float):
+def require_possible(model: Llama, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, seed: int):
     context = model.config.max_position_embeddings
-    check(len(prompt) >= 1, "the prompt is empty")
-    check(max_new_tokens >= 1, "the number of new tokens must be at least 1")
-    check(len(prompt) + max_new_tokens <= context,
+    require(len(prompt) >= 1, "the prompt is empty")
+    require(max_new_tokens >= 1, "the number of new tokens must be at least 1")
+    require(len(prompt) + max_new_tokens <= context,
           f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the model's context of {context}")
-    check(temperature >= 0, "the temperature must not be negative")
-    check(0 < top_p <= 1, "top-p must lie above 0 and at most at 1")
+    require(max(prompt) < model.config.vocab_size, f"token {max(prompt)} is outside the model's vocabulary")
+    require(temperature == 0 or temperature >= 1e-6, "the temperature must be 0 (greedy) or positive")
+    require(0 <= seed < 2 ** 63, "the seed must lie between 0 and 2^63 - 1")
+    require(0 < top_p <= 1, "top-p must lie above 0 and at most at 1")

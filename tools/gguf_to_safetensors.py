@@ -51,6 +51,8 @@ def hugging_face_name(name: str) -> str:
 
 def read_config(field, tensors) -> dict:
     """config.json from the metadata; llama3 RoPE scaling is stored as a tensor of divisors, and recognised."""
+    if "token_embd.weight" not in tensors:
+        refuse("there are no weights in this file")
     heads, dim = field("llama.attention.head_count"), field("llama.embedding_length")
     config = {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": dim,
@@ -62,6 +64,8 @@ def read_config(field, tensors) -> dict:
         "vocab_size": int(tensors["token_embd.weight"].shape[1]), "tie_word_embeddings": "output.weight" not in tensors,
         "attention_bias": False, "mlp_bias": False,
         "bos_token_id": field("tokenizer.ggml.bos_token_id", None), "eos_token_id": field("tokenizer.ggml.eos_token_id", None)}
+    if field("llama.rope.dimension_count", config["head_dim"]) != config["head_dim"]:
+        refuse("rotating only a part of each head is not supported")
     if field("llama.rope.scaling.type", "none") != "none":
         refuse(f"unsupported RoPE scaling {field('llama.rope.scaling.type')!r}")
     if "rope_freqs.weight" in tensors:
@@ -80,7 +84,7 @@ def read_tokenizer(field) -> Tokenizer:
     kind, tokens, types = field("tokenizer.ggml.model"), field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if kind == "gpt2":
-        pre = field("tokenizer.ggml.pre", "gpt-2")
+        pre = field("tokenizer.ggml.pre")                      # early files lack it, and then nobody can know
         if pre not in PRE_TOKENIZERS:
             refuse(f"unsupported pre-tokenizer {pre!r} (supported: {', '.join(PRE_TOKENIZERS)})")
         merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
@@ -139,7 +143,7 @@ def main():
         refuse(f"{args.out} exists already")
     try:
         reader = gguf.GGUFReader(args.gguf)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:
         refuse(f"{args.gguf} cannot be read as GGUF: {error}")
 
     def field(name, *default):
@@ -164,37 +168,40 @@ def main():
         shards[-1].append(name)
         room -= size
 
-    building = args.out.with_name(args.out.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    files, done = {}, 0
-    for i, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        weights = {}
-        for name in shard:
-            done += 1
-            print(f"\r{done}/{len(names)} {name:40s}", end="", file=sys.stderr, flush=True)
-            weights[names[name]] = weight(tensors[name], config, gguf.dequantize, dtype)
-            files[names[name]] = file
-        save_file(weights, building / file, metadata={"format": "pt"})
-    print(file=sys.stderr)
-
-    def write(file, value):
-        (building / file).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-    if len(shards) > 1:
-        write("model.safetensors.index.json", {"metadata": {}, "weight_map": files})
     stop = [field(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot")]
-    write("generation_config.json", {"eos_token_id": sorted({i for i in stop if i is not None})})
-    write("config.json", config)
     special = {f"{name}_token": tokens[config[f"{name}_token_id"]] for name in ("bos", "eos")
                if config[f"{name}_token_id"] is not None}
     template = field("tokenizer.chat_template", None)
-    write("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_begin(field), **special}
-          | ({"chat_template": template} if template else {}))
-    tokenizer.save(str(building / "tokenizer.json"))
-    building.rename(args.out)
-    print(f"wrote {args.out}", file=sys.stderr)
+    json_files = {
+        "config.json": config, "generation_config.json": {"eos_token_id": sorted({i for i in stop if i is not None})},
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_begin(field), **special,
+                                  **({"chat_template": template} if template else {})}}
+    building = args.out.with_name(args.out.name + ".partial")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        weight_map, done = {}, 0
+        for i, shard in enumerate(shards, 1):
+            file, weights = "model.safetensors", {}
+            if len(shards) > 1:
+                file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+                json_files["model.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
+            for name in shard:
+                done += 1
+                if sys.stderr.isatty():
+                    print(f"\r{done}/{len(names)} {name:40s}", end="", file=sys.stderr, flush=True)
+                weights[names[name]] = weight(tensors[name], config, gguf.dequantize, dtype)
+                weight_map[names[name]] = file
+            save_file(weights, building / file, metadata={"format": "pt"})
+        for file, value in json_files.items():
+            (building / file).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        tokenizer.save(str(building / "tokenizer.json"))
+        building.rename(args.out)
+    except (NotImplementedError, OSError, RuntimeError, ValueError) as error:
+        refuse(f"{args.gguf} cannot be converted: {error}")
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    print(f"\rwrote {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Make the golden files: logits of `transformers`' LlamaForCausalLM, for models.py to be held against.
+"""Make the golden files: logits of `transformers`' LlamaForCausalLM, for model.py to be held against.
 
     pip install transformers
     python tests/golden/make.py [FOLDER OF SMOLLM2]

@@ -1,0 +1,195 @@
+"""Measure what README.md claims: is CLaSp faster, is its output the same, what does the DP cost and find.
+
+    python tools/measure.py speed  [--model M] [--skip-layers ..] [--draft-length ..] [--opt-interval ..]
+    python tools/measure.py equal  [--model M]        greedy tokens, 20 prompts x 6 values of M x 64 tokens
+    python tools/measure.py dp     [--model M]        fast = plain at 20 positions; time of a DP in verify passes
+    python tools/measure.py slice  [--model M]        DP, brute force and random sets on a 10-layer slice
+
+``speed`` decodes every prompt with both methods in turn, in one process, after a warm-up, and reports the
+median over prompts and repetitions of the ratio, with quartiles. Several values separated by commas make a
+sweep, every setting interleaved with the others. Times are the decoders' own (prefill and printing apart).
+"""
+import argparse
+import itertools
+import random
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from dp_skip import select_layers, select_layers_plain  # noqa: E402
+from generate import BUNDLED, Text, choose_device, suggested_settings  # noqa: E402
+from model import KVCache, find_folder, load_model  # noqa: E402
+from speculative import Stats, autoregressive, as_row, candidate_layer, clasp, clock, optimize, prefill  # noqa: E402
+
+PROMPTS = [                    # written for this purpose; in no training text
+    "Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night.",
+    "The baker's boy had never seen the sea, but",
+    "In a village under the glass mountain there lived a widow with seven goats and one",
+    "\"If you open that door,\" said the raven, \"you will",
+    "There was once a king who owned nothing but a broken crown and",
+    "Long ago, when the moon still came down to drink from the wells,",
+    "The fox looked at the lantern, and then at the miller, and said:",
+    "A poor fisherman pulled his net from the river and found in it a small iron box, which",
+    "Every evening the princess climbed the tower to feed",
+    "The old witch had three keys, one of gold, one of silver and one of bone, and",
+    "Two brothers set out to find the tree that bears the singing apples. The elder",
+    "The giant was so tired that he sat down upon the church, and",
+    "When the frost came, the sparrow went to the tailor and begged him for",
+    "Nobody in the town would speak of the blue house, until one day a soldier",
+    "\"Three nights you must watch,\" said the dwarf, \"and on the third",
+    "The queen had promised her first child to the north wind, and now",
+    "Beneath the roots of the oldest oak there was a stair, and the girl went down",
+    "A donkey that had carried flour all its life resolved one morning to",
+    "The youngest son was called a simpleton, because he always",
+    "At the end of the world stands an inn where giants, ghosts and honest merchants"]
+
+
+def numbers(kind):
+    return lambda text: [kind(part) for part in text.split(",")]
+
+
+def speed(args, model, encode):
+    base = dict(temperature=args.temperature)
+    settings = [dict(skip_layers=m, draft_length=k, exit_threshold=x, opt_interval=n) for m, k, x, n in itertools.product(
+        args.skip_layers, args.draft_length, args.draft_exit_threshold, args.opt_interval)]
+    suggested = suggested_settings(find_folder(args.model))
+    settings = [suggested | {name: value for name, value in s.items() if value is not None} for s in settings]
+    methods = [None, *settings]
+    prompts = [encode(p) for p in PROMPTS[:args.prompts]]
+    for setting in methods:
+        decode(model, prompts[0], setting, 20, 0, base)
+    results = [[] for _ in settings]
+    jobs = [(i, seed) for seed in range(args.repeat) for i in range(len(prompts))]
+    for done, (i, seed) in enumerate(jobs, 1):
+        order = list(range(len(methods)))
+        random.Random(done).shuffle(order)
+        runs = {n: decode(model, prompts[i], methods[n], args.max_new_tokens, seed, base) for n in order}
+        plain, plain_tokens = runs[0]
+        for n in range(len(settings)):
+            stats, tokens = runs[n + 1]
+            results[n].append((stats.tokens_per_second / plain.tokens_per_second, stats, tokens == plain_tokens, plain))
+        print(f"\r{done}/{len(jobs)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    plain = statistics.median(row[3].tokens_per_second for row in results[0])
+    print(f"plain decoding: {plain:.1f} tokens/s (median). {len(prompts)} prompts x {args.repeat}, "
+          f"{args.max_new_tokens} tokens, temperature {args.temperature}")
+    print("| M | K | exit | interval | speedup (quartiles) | tau | accepted | draft / verify / optimise | same tokens |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for setting, rows in zip(settings, results):
+        ratio = [row[0] for row in rows]
+        low, middle, high = statistics.quantiles(ratio, n=4) if len(ratio) > 1 else ratio * 3
+        total = {f: sum(getattr(row[1], f) for row in rows) for f in (
+            "new_tokens", "cycles", "drafted", "accepted", "seconds", "draft_seconds", "verify_seconds", "optimize_seconds")}
+        parts = " / ".join(f"{100 * total[f] / total['seconds']:.0f} %" for f in ("draft_seconds", "verify_seconds", "optimize_seconds"))
+        skip = len(model.layers) // 2 if setting["skip_layers"] is None else setting["skip_layers"]
+        print(f"| {skip} | {setting['draft_length']} | {setting['exit_threshold']} | {setting['opt_interval']} "
+              f"| **{middle:.2f}x** ({low:.2f} to {high:.2f}) | {total['new_tokens'] / total['cycles']:.2f} "
+              f"| {100 * total['accepted'] / max(1, total['drafted']):.0f} % | {parts} | {sum(row[2] for row in rows)} of {len(rows)} |")
+
+
+def decode(model, prompt, setting, count, seed, base):
+    stats = Stats()
+    run = autoregressive if setting is None else clasp
+    return stats, list(run(model, prompt, count, seed=seed, stats=stats, **base, **(setting or {})))
+
+
+def equal(args, model, encode):
+    layers, different, total = len(model.layers), 0, 0
+    for i, prompt in enumerate(map(encode, PROMPTS)):
+        expected = list(autoregressive(model, prompt, 64))
+        for skip in (0, 1, layers // 4, layers // 2, 3 * layers // 4, layers - 1):
+            total += 1
+            different += list(clasp(model, prompt, 64, skip_layers=skip)) != expected
+        print(f"\r{i + 1}/{len(PROMPTS)} prompts, {different} of {total} runs differ", end="", file=sys.stderr, flush=True)
+    print(f"\n{total} runs of 64 greedy tokens: {different} differ from plain decoding")
+
+
+@torch.inference_mode()
+def dp(args, model, encode):
+    budget, now = len(model.layers) // 2, clock(model)
+    tokens = [token for prompt in PROMPTS for token in encode(prompt)]
+    sets = worst = 0
+    for position in [0, *random.Random(0).sample(range(1, min(len(tokens), 300)), 19)]:
+        cache = KVCache(model, position + 20 + budget)
+        hidden = prefill(model, cache, tokens[:position + 1])
+        if position % 2:                                       # write past the position and roll back
+            model(as_row(model, tokens[:7]), cache)
+            cache.length -= 7
+        before = [k[:, :, :cache.length].clone() for k in cache.keys + cache.values]
+        fast, plain = optimize(model, cache, hidden, budget), optimize(model, cache, hidden, budget, select_layers_plain)
+        assert all(torch.equal(b, k[:, :, :cache.length]) for b, k in zip(before, cache.keys + cache.values)), "cache changed"
+        sets += sum(a == b for a, b in zip(fast.skip_sets, plain.skip_sets))
+        worst = max(worst, *(abs(a - b) for a, b in zip(fast.cosines, plain.cosines)))
+    print(f"fast and plain DP, 20 positions x {budget + 1} budgets: {sets} sets equal, largest difference of cosines {worst:.1e}; "
+          "cache untouched")
+    cache = KVCache(model, 300 + budget)
+    hidden, rows = prefill(model, cache, tokens[:200]), as_row(model, tokens[200:205])
+    timed = {"verify": [], "dp": [], "plain": []}
+    for _ in range(30):
+        for name, work in (("verify", lambda: model.logits(model(rows, cache)[-1]).argmax(-1).tolist()),
+                           ("dp", lambda: optimize(model, cache, hidden, budget)),
+                           ("plain", lambda: model.logits(model(rows[:, :1], cache)[-1]).argmax(-1).tolist())):
+            start = now()
+            work()
+            timed[name].append(now() - start)
+            cache.length = 200
+    verify, one, step = (statistics.median(timed[name][5:]) for name in ("verify", "dp", "plain"))
+    print(f"medians of 25, interleaved, 200 tokens cached: plain step {1000 * step:.2f} ms, verify pass of 5 rows {1000 * verify:.2f} ms "
+          f"({verify / step:.2f} steps), DP of budget {budget} {1000 * one:.2f} ms = {one / verify:.2f} verify passes")
+
+
+@torch.inference_mode()
+def slice_(args, model, encode):
+    """Layers 10 .. 19 searched, the others always run, as the paper does for its Fig. 3b."""
+    first, size, tokens = 10, 10, encode(" ".join(PROMPTS[:6]))
+    cosine = {name: [[] for _ in range(size + 1)] for name in ("dp", "best", "random")}
+    for position in args.positions:
+        cache = KVCache(model, position + 64)
+        hidden = prefill(model, cache, tokens[:position])
+        layer, part = candidate_layer(model, cache, size), hidden[first:first + size + 1]
+        selection = select_layers(lambda i, rows: layer(first + i, rows), part, size)
+        for budget in range(size + 1):
+            found = []
+            for skipped in itertools.combinations(range(size), budget):
+                x = part[:1]
+                for i in range(size):
+                    x = x if i in skipped else layer(first + i, x)
+                found.append(F.cosine_similarity(x, part[-1:]).item())
+            cosine["dp"][budget].append(selection.cosines[budget])
+            cosine["best"][budget].append(max(found))
+            cosine["random"][budget].append(sum(found) / len(found))
+    print(f"cosine with the true state after layer {first + size}, mean of {len(args.positions)} tokens")
+    print("| layers skipped of 10 | DP | brute force | mean of all sets |\n|---|---|---|---|")
+    for budget in range(size + 1):
+        print(f"| {budget} | " + " | ".join(f"{statistics.mean(cosine[name][budget]):.4f}" for name in cosine) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["speed", "equal", "dp", "slice"])
+    parser.add_argument("--model", default=str(BUNDLED))
+    parser.add_argument("--device")
+    parser.add_argument("--dtype")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--max-new-tokens", type=int, default=200)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--skip-layers", type=numbers(int), default=[None])
+    parser.add_argument("--draft-length", type=numbers(int), default=[None])
+    parser.add_argument("--draft-exit-threshold", type=numbers(float), default=[None])
+    parser.add_argument("--opt-interval", type=numbers(int), default=[None])
+    parser.add_argument("--positions", type=numbers(int), default=[20, 40, 60, 80])
+    args = parser.parse_args()
+    folder = find_folder(args.model)
+    text, (device, dtype) = Text(folder), choose_device(args.device, args.dtype)
+    model = load_model(folder, device, dtype)
+    print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads", file=sys.stderr)
+    {"speed": speed, "equal": equal, "dp": dp, "slice": slice_}[args.what](args, model, lambda p: text.encode(p, chat=False))
+
+
+if __name__ == "__main__":
+    main()
