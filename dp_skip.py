@@ -52,12 +52,12 @@ def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
                 g[i, j], skipped[i, j] = states[0], True
             else:
                 run, skip = layer(i - 1, g[i - 1, j][None])[0], g[i - 1, j - 1]
-                run_cosine, skip_cosine = cosines(torch.stack((run, skip)), states[i]).tolist()
-                skipped[i, j] = skip_cosine > run_cosine
+                if_run, if_skip = distances(torch.stack((run, skip)), states[i]).tolist()
+                skipped[i, j] = if_skip < if_run
                 g[i, j] = skip if skipped[i, j] else run
     final = torch.stack([g[layers, m] for m in range(budget + 1)])
     return Selection([walk_back(lambda i, j: skipped[i, j], layers, m) for m in range(budget + 1)],
-                     cosines(final, states[-1]).tolist())
+                     (1 - distances(final, states[-1])).tolist())
 
 
 def select_layers(layer: Layer, states: Tensor, budget: int) -> Selection:
@@ -71,16 +71,16 @@ def select_layers(layer: Layer, states: Tensor, budget: int) -> Selection:
         width = len(survivors)                                # column i-1 holds j = 0 .. width-1
         run = states[i:i + 1] if width == 1 else torch.cat((states[i:i + 1], layer(i - 1, survivors[1:])))
         both = torch.cat((run, survivors))                    # (2 * width, dim)
-        closeness = cosines(both, states[i])
-        if_run = F.pad(closeness[:width], (0, 1), value=-torch.inf)     # j = i cannot have run layer i,
-        if_skip = F.pad(closeness[width:], (1, 0), value=-torch.inf)    # j = 0 cannot have skipped it
-        skip = (if_skip > if_run)[:budget + 1]
+        distance = distances(both, states[i])
+        if_run = F.pad(distance[:width], (0, 1), value=torch.inf)       # j = i cannot have run layer i,
+        if_skip = F.pad(distance[width:], (1, 0), value=torch.inf)      # j = 0 cannot have skipped it
+        skip = (if_skip < if_run)[:budget + 1]
         choices.append(F.pad(skip, (0, budget + 1 - len(skip))))
         j = torch.arange(len(skip), device=states.device)
         survivors = both[torch.where(skip, width + j - 1, j)]
     table = torch.stack(choices).tolist()                     # (L, M+1) of bool
     return Selection([walk_back(lambda i, j: table[i - 1][j], layers, m) for m in range(budget + 1)],
-                     cosines(survivors, states[-1]).tolist())
+                     (1 - distances(survivors, states[-1])).tolist())
 
 
 def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> frozenset[int]:
@@ -93,9 +93,13 @@ def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> 
     return frozenset(chosen)
 
 
-def cosines(rows: Tensor, target: Tensor) -> Tensor:
-    """Cosine of each row with one state, in float32: rows (m, dim), target (dim,) -> (m,)."""
-    return F.cosine_similarity(rows.float(), target.float()[None], dim=-1)
+def distances(rows: Tensor, target: Tensor) -> Tensor:
+    """1 - cosine of each row with one state, in float32: rows (m, dim), target (dim,) -> (m,).
+
+    As |u - v|^2 / 2 of the unit vectors. A few huge entries can bring every cosine within 1e-7 of 1 (a text's
+    first token is like that), where float32 has no digits left for a cosine, but for its distance from 1.
+    """
+    return (F.normalize(rows.float(), dim=-1) - F.normalize(target.float(), dim=-1)).square().sum(-1) / 2
 
 
 def layer_count(states: Tensor, budget: int) -> int:

@@ -34,7 +34,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description="Write text with CLaSp: LLaMA drafts with some layers skipped, checks with all.",
                     allow_abbrev=False)
     text = parser.add_mutually_exclusive_group()
-    text.add_argument("--prompt", metavar="TEXT", default="Once upon a time", help="default: %(default)r")
+    text.add_argument("--prompt", metavar="TEXT", default="Once upon a time, in a great forest, there lived an old witch",
+                      help="default: %(default)r")
     text.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, - for standard input")
     parser.add_argument("--model", metavar="PATH_OR_REPO", default=str(BUNDLED),
                         help="a folder with config.json, *.safetensors and tokenizer.json, or a Hugging Face repo id; "

@@ -67,14 +67,27 @@ def test_drafts_and_skips_can_be_seen(capsys):
 
 
 @pytest.mark.parametrize("argv, word", [
-    (["--model", "/no/such/folder"], "no folder"), (["--skip-layers", "20"], "fewer than the model's 20"),
-    (["--draft-length", "0"], "draft length"), (["--temperature", "-1"], "temperature"), (["--top-p", "0"], "top-p"),
-    (["--prompt", ""], "empty"), (["--prompt-file", "/no/file"], "cannot read"), (["--device", "tpu"], "unknown device"),
-    (["--device", "cuda:99"], "no device"), (["--max-new-tokens", "9999"], "context of"), (["--prompt", "word " * 2000], "context of"),
-    (["--max-new-tokens", "many"], "invalid int"), (["--nonsense"], "unrecognized"), (["--chat"], "no chat template"), (["--prompt", "\udce9"], "cannot read"),
-    (["--seed", "-1"], "seed"), (["--temperature", "1e-40"], "temperature"),
-    (["--prompt", "a", "--prompt-file", "b"], "not allowed with"), (["--method", "magic"], "invalid choice")],
-    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "")
+    (["--model", "/no/such/folder"], "no folder"),
+    (["--skip-layers", "20"], "fewer than the model's 20"),
+    (["--draft-length", "0"], "draft length"),
+    (["--draft-exit-threshold", "2"], "threshold"),
+    (["--opt-interval", "0"], "interval"),
+    (["--temperature", "-1"], "temperature"),
+    (["--temperature", "1e-40"], "temperature"),
+    (["--top-p", "0"], "top-p"),
+    (["--seed", "-1"], "seed"),
+    (["--prompt", ""], "empty"),
+    (["--prompt", "\udce9"], "cannot read"),
+    (["--prompt-file", "/no/file"], "cannot read"),
+    (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+    (["--prompt", "word " * 2000], "context of"),
+    (["--max-new-tokens", "9999"], "context of"),
+    (["--max-new-tokens", "many"], "invalid int"),
+    (["--device", "tpu"], "unknown device"),
+    (["--device", "cuda:99"], "no device"),
+    (["--method", "magic"], "invalid choice"),
+    (["--chat"], "no chat template"),
+    (["--nonsense"], "unrecognized")], ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "")
 def test_what_a_user_gets_wrong_is_one_line_and_status_2(capsys, argv, word):
     assert main(argv) == 2
     out, err = capsys.readouterr()
@@ -132,7 +145,8 @@ def test_stop_tokens_are_one_or_a_list_and_generation_config_comes_first(folder,
     assert Text(folder).stop == stop
 
 
-TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | tojson }}\n{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | tojson }}\n{% endfor %}"
+            "{% if add_generation_prompt %}[assistant]{% endif %}")
 
 
 def test_the_models_own_chat_template_is_used(folder):
@@ -146,7 +160,8 @@ def test_the_models_own_chat_template_is_used(folder):
     assert Text(folder).render("hé") == expected
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{% if %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"])
+@pytest.mark.parametrize("template", [
+    "{{ raise_exception('no') }}", "{% if %}", "{{ 1 + 'a' }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"])
 def test_a_bad_or_hostile_template_is_refused(folder, template):
     from model import ModelError
     set_config(folder, "tokenizer_config.json", chat_template=template)
@@ -156,6 +171,7 @@ def test_a_bad_or_hostile_template_is_refused(folder, template):
 
 @pytest.mark.skipif(not REAL, reason="CLASP_REAL_MODEL is not set")
 def test_a_real_chat_model_answers(capsys):
-    out = answer(capsys, "--model", REAL, "--chat", "--prompt", "What is the capital of France?", "--temperature", "0", "--compare")
+    out = answer(capsys, "--model", REAL, "--chat", "--prompt", "What is the capital of France?",
+                 "--temperature", "0", "--compare")
     assert out["text"] == "The capital of France is Paris." and out["identical"]
     assert main([*SHORT, "--model", REAL, "--prompt", "x", "--skip-layers", "30"]) == 2

@@ -137,8 +137,8 @@ def sampled_pairs(rule, monkeypatch, model, count, **settings) -> bool:
     return chi_square_is_plausible(counts, expected)
 
 
-@pytest.mark.parametrize("settings", [dict(temperature=1), dict(temperature=0.7, top_p=0.8), dict(temperature=1, exit_threshold=0.5)],
-                         ids=str)
+@pytest.mark.parametrize("settings", [
+    dict(temperature=1), dict(temperature=0.7, top_p=0.8), dict(temperature=1, exit_threshold=0.5)], ids=str)
 def test_samples_have_the_models_distribution(monkeypatch, settings):
     model = random_model(layers=3, vocabulary=7, seed=1, residual=1.0, head_scale=0.6)
     assert sampled_pairs(accept_sampled, monkeypatch, model, 2000, skip_layers=2, draft_length=2, **settings)

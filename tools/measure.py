@@ -53,6 +53,7 @@ def numbers(kind):
 
 
 def speed(args, model, encode):
+    """One row per setting. Each (prompt, repetition) decodes plainly and with every setting, in random order."""
     base = dict(temperature=args.temperature)
     settings = [dict(skip_layers=m, draft_length=k, exit_threshold=x, opt_interval=n) for m, k, x, n in itertools.product(
         args.skip_layers, args.draft_length, args.draft_exit_threshold, args.opt_interval)]
@@ -82,13 +83,14 @@ def speed(args, model, encode):
     for setting, rows in zip(settings, results):
         ratio = [row[0] for row in rows]
         low, middle, high = statistics.quantiles(ratio, n=4) if len(ratio) > 1 else ratio * 3
-        total = {f: sum(getattr(row[1], f) for row in rows) for f in (
-            "new_tokens", "cycles", "drafted", "accepted", "seconds", "draft_seconds", "verify_seconds", "optimize_seconds")}
-        parts = " / ".join(f"{100 * total[f] / total['seconds']:.0f} %" for f in ("draft_seconds", "verify_seconds", "optimize_seconds"))
+        names = ("new_tokens", "cycles", "drafted", "accepted", "seconds", "draft_seconds", "verify_seconds", "optimize_seconds")
+        total = {name: sum(getattr(row[1], name) for row in rows) for name in names}
+        parts = " / ".join(f"{100 * total[name] / total['seconds']:.0f} %" for name in names[-3:])
         skip = len(model.layers) // 2 if setting["skip_layers"] is None else setting["skip_layers"]
         print(f"| {skip} | {setting['draft_length']} | {setting['exit_threshold']} | {setting['opt_interval']} "
               f"| **{middle:.2f}x** ({low:.2f} to {high:.2f}) | {total['new_tokens'] / total['cycles']:.2f} "
-              f"| {100 * total['accepted'] / max(1, total['drafted']):.0f} % | {parts} | {sum(row[2] for row in rows)} of {len(rows)} |")
+              f"| {100 * total['accepted'] / max(1, total['drafted']):.0f} % | {parts} "
+              f"| {sum(row[2] for row in rows)} of {len(rows)} |")
 
 
 def decode(model, prompt, setting, count, seed, base):
@@ -98,7 +100,7 @@ def decode(model, prompt, setting, count, seed, base):
 
 
 def equal(args, model, encode):
-    layers, different, total = len(model.layers), 0, 0
+    layers, different, total = len(model.layers), 0, 0         # with the settings clasp() itself has by default
     for i, prompt in enumerate(map(encode, PROMPTS)):
         expected = list(autoregressive(model, prompt, 64))
         for skip in (0, 1, layers // 4, layers // 2, 3 * layers // 4, layers - 1):
@@ -124,22 +126,24 @@ def dp(args, model, encode):
         assert all(torch.equal(b, k[:, :, :cache.length]) for b, k in zip(before, cache.keys + cache.values)), "cache changed"
         sets += sum(a == b for a, b in zip(fast.skip_sets, plain.skip_sets))
         worst = max(worst, *(abs(a - b) for a, b in zip(fast.cosines, plain.cosines)))
-    print(f"fast and plain DP, 20 positions x {budget + 1} budgets: {sets} sets equal, largest difference of cosines {worst:.1e}; "
-          "cache untouched")
+    print(f"fast and plain DP, 20 positions x {budget + 1} budgets: {sets} sets equal, "
+          f"largest difference of cosines {worst:.1e}; cache untouched")
+    draft_length = suggested_settings(find_folder(args.model))["draft_length"]
     cache = KVCache(model, 300 + budget)
-    hidden, rows = prefill(model, cache, tokens[:200]), as_row(model, tokens[200:205])
-    timed = {"verify": [], "dp": [], "plain": []}
+    hidden, rows = prefill(model, cache, tokens[:200]), as_row(model, tokens[200:201 + draft_length])
+    work = {"step": lambda: model.logits(model(rows[:, :1], cache)[-1]).argmax(-1).tolist(),
+            "verify": lambda: model.logits(model(rows, cache)[-1]).argmax(-1).tolist(),
+            "dp": lambda: optimize(model, cache, hidden, budget)}
+    timed = {name: [] for name in work}
     for _ in range(30):
-        for name, work in (("verify", lambda: model.logits(model(rows, cache)[-1]).argmax(-1).tolist()),
-                           ("dp", lambda: optimize(model, cache, hidden, budget)),
-                           ("plain", lambda: model.logits(model(rows[:, :1], cache)[-1]).argmax(-1).tolist())):
+        for name, do in work.items():
             start = now()
-            work()
-            timed[name].append(now() - start)
+            do()
+            timed[name].append(1000 * (now() - start))
             cache.length = 200
-    verify, one, step = (statistics.median(timed[name][5:]) for name in ("verify", "dp", "plain"))
-    print(f"medians of 25, interleaved, 200 tokens cached: plain step {1000 * step:.2f} ms, verify pass of 5 rows {1000 * verify:.2f} ms "
-          f"({verify / step:.2f} steps), DP of budget {budget} {1000 * one:.2f} ms = {one / verify:.2f} verify passes")
+    step, verify, one = (statistics.median(times[5:]) for times in timed.values())
+    print(f"medians of 25, interleaved, 200 tokens cached: plain step {step:.2f} ms, verify pass of {draft_length + 1} rows "
+          f"{verify:.2f} ms ({verify / step:.2f} steps), DP of budget {budget} {one:.2f} ms = {one / verify:.2f} verify passes")
 
 
 @torch.inference_mode()
@@ -187,8 +191,10 @@ def main():
     folder = find_folder(args.model)
     text, (device, dtype) = Text(folder), choose_device(args.device, args.dtype)
     model = load_model(folder, device, dtype)
-    print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads", file=sys.stderr)
-    {"speed": speed, "equal": equal, "dp": dp, "slice": slice_}[args.what](args, model, lambda p: text.encode(p, chat=False))
+    print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads",
+          file=sys.stderr)
+    what = {"speed": speed, "equal": equal, "dp": dp, "slice": slice_}[args.what]
+    what(args, model, lambda prompt: text.encode(prompt, chat=False))
 
 
 if __name__ == "__main__":
