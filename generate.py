@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from model import Llama, ModelError, find_folder, load_model, read_json
+from model import KVCache, Llama, ModelError, find_folder, load_model, read_json
 from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, SettingsError, Stats, autoregressive, clasp
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "fairy-tales"
@@ -53,6 +53,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                         help=f"stop drafting when the draft's top probability is lower; {by_model} {EXIT_THRESHOLD}")
     parser.add_argument("--opt-interval", type=int, metavar="N",
                         help=f"cycles between two choices of the skipped layers; {by_model} {OPT_INTERVAL}")
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True,
+                        help="verify in passes of one shape, so that greedy text is plain decoding's to the last bit; "
+                             "--no-exact saves the padding of short drafts")
     parser.add_argument("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="default: float32 on the CPU, bfloat16 elsewhere")
@@ -184,16 +187,20 @@ def suggested_settings(folder: Path) -> dict:
 
 
 def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., Iterator[int]]:
-    """decode(method, prompt, max_new_tokens, stats), with everything else as the command line and the model say."""
+    """decode(method, prompt, max_new_tokens, stats, cache), with everything else as the command line and the model say.
+
+    The method "same width" is plain decoding in passes as wide as clasp's.
+    """
     common = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed, stop=stop)
     given = {"skip_layers": args.skip_layers, "draft_length": args.draft_length,
              "exit_threshold": args.draft_exit_threshold, "opt_interval": args.opt_interval}
     settings = suggested_settings(folder) | {name: value for name, value in given.items() if value is not None}
+    settings["exact"] = args.exact
 
-    def decode(method: str, prompt: list[int], max_new_tokens: int, stats: Stats) -> Iterator[int]:
-        if method == "autoregressive":
-            return autoregressive(model, prompt, max_new_tokens, stats=stats, **common)
-        return clasp(model, prompt, max_new_tokens, stats=stats, **common, **settings)
+    def decode(method: str, prompt: list[int], max_new_tokens: int, stats: Stats, cache=None) -> Iterator[int]:
+        more = {"clasp": settings, "autoregressive": {}, "same width": {"rows": settings["draft_length"] + 1}}[method]
+        run = clasp if method == "clasp" else autoregressive
+        return run(model, prompt, max_new_tokens, stats=stats, cache=cache, **common, **more)
     return decode
 
 
@@ -232,20 +239,33 @@ def report(args, stats: Stats, layers: int):
             say(f"  {at:5d} " + "".join("░" if i in skipped else "█" for i in range(layers)))
 
 
-def compare(args, stats: Stats, plain: Stats) -> dict:
-    """Report plain decoding beside ``stats``; returns what --json says of it."""
+def compare(args, model: Llama, decode: Callable[..., Iterator[int]], prompt: list[int], stats: Stats) -> dict:
+    """Decode plainly, one row a pass, and report it beside ``stats``; returns what --json says of it.
+
+    Greedy tokens that differ are looked into: how close the choice was where they part, and whether they are
+    those of plain decoding in passes as wide as clasp's, as they must be.
+    """
+    plain, cache = Stats(), KVCache(model, len(prompt) + args.max_new_tokens)
+    list(decode("autoregressive", prompt, args.max_new_tokens, plain, cache))
     speedup, identical = stats.tokens_per_second / plain.tokens_per_second, stats.tokens == plain.tokens
-    if identical:
-        verdict = "yes"
-    elif args.temperature > 0:
+    verdict, difference = "yes" if identical else "no", {}
+    if not identical and args.temperature > 0:
         verdict = "no (samples share their distribution, not their tokens; --temperature 0 compares tokens)"
-    else:
-        verdict = f"no, from new token {next(i for i, (a, b) in enumerate(zip(stats.tokens, plain.tokens)) if a != b)} on"
+    elif not identical:
+        at = next(i for i, (a, b) in enumerate(zip(stats.tokens, plain.tokens)) if a != b)
+        cache.length = len(prompt) + at - 1                    # what plain decoding had there, so the same logits
+        last = torch.tensor([[*prompt, *plain.tokens][cache.length]], device=model.embed.weight.device)
+        with torch.inference_mode():
+            top = model.logits(model(last[None], cache)[-1]).flatten().float().topk(2).values
+        same = list(decode("same width", prompt, args.max_new_tokens, Stats())) == stats.tokens
+        difference = {"difference": {"new_token": at, "logit_gap": (top[0] - top[1]).item(), "identical_at_same_width": same}}
+        verdict = (f"no, from new token {at} on, where the two likeliest tokens' logits lay {top[0] - top[1]:.2g} apart "
+                   f"and rounding chose; identical to plain decoding in passes of the same width: {'yes' if same else 'no'}")
     say(f"autoregressive: {plain.new_tokens} tokens in {plain.seconds:.2f} s, {plain.tokens_per_second:.1f} tokens/s")
     say(f"speedup {speedup:.2f}x; identical: {verdict}")
     return {"autoregressive": {"tokens": plain.tokens, "seconds": plain.seconds,
                                "tokens_per_second": plain.tokens_per_second},
-            "speedup": speedup, "identical": identical}
+            "speedup": speedup, "identical": identical, **difference}
 
 
 def as_json(args, model: Llama, prompt: list[int], text: str, stats: Stats, comparison: dict) -> str:
@@ -285,9 +305,7 @@ def run(args) -> int:
         return 130
     report(args, stats, model.config.num_hidden_layers)
     if args.compare:
-        plain = Stats()
-        list(decode("autoregressive", prompt, args.max_new_tokens, plain))
-        comparison = compare(args, stats, plain)
+        comparison = compare(args, model, decode, prompt, stats)
     if args.json:
         print(as_json(args, model, prompt, written, stats, comparison))
     return 0

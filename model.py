@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+BLOCK = 256                   # slots: the cache is sized in such blocks, and verify passes look over whole ones
 
 
 class ModelError(Exception):
@@ -138,21 +139,25 @@ class KVCache:
 
     ``length`` tokens are valid; what lies behind them is scratch. Rolling back is ``cache.length = n``.
     The RoPE angles of all positions live here too, since the capacity bounds them.
+
+    There are slots for ``tokens``, in whole blocks, and for scratch rows behind them: one for each layer (the
+    DP's), or ``rows`` (a pass) if that is more. A slot takes 2 * layers * kv_heads * head_dim numbers.
     """
 
-    def __init__(self, model: "Llama", capacity: int):
+    def __init__(self, model: "Llama", tokens: int, rows: int = 1):
         c, like = model.config, model.embed.weight
+        self.tokens, self.rows = -(-tokens // BLOCK) * BLOCK, max(rows, c.num_hidden_layers)
+        capacity = self.tokens + self.rows
         shape = (1, c.num_key_value_heads, capacity, c.head_dim)
         self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.layers]
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.cos, self.sin = rope_table(c, capacity, like.device, like.dtype)
         self.length = 0
 
-    def put(self, layer: int, slot: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (1, kv_heads, rows, head_dim) at slot .. slot+rows; return all slots up to there."""
-        end = slot + k.shape[2]
-        self.keys[layer][:, :, slot:end] = k
-        self.values[layer][:, :, slot:end] = v
+    def put(self, layer: int, slot: int, end: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v (1, kv_heads, rows, head_dim) at slot .. slot+rows; return all slots before ``end``."""
+        self.keys[layer][:, :, slot:slot + k.shape[2]] = k
+        self.values[layer][:, :, slot:slot + k.shape[2]] = v
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
@@ -167,28 +172,29 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, skip=()) -> list[Tensor]:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, skip=(), slots: int | None = None) -> list[Tensor]:
         """tokens (batch, rows) -> hidden states h_0 .. h_L, each (batch, rows, hidden); see ``logits``.
 
         With a cache (batch 1) the rows continue it: they take the slots and positions from cache.length
-        on, and move it forward. Layers whose index is in ``skip`` are left out; their slots of the cache
-        keep what they held, and the hidden state after them is the one before.
+        on, and move it forward. Attention reads ``slots`` slots, those past a row masked; by default just
+        the filled ones. Layers whose index is in ``skip`` are left out; their slots of the cache keep what
+        they held, and the hidden state after them is the one before.
         """
         rows, x = tokens.shape[1], self.embed(tokens)
         if cache is None:
-            start, mask = 0, None
+            start, end, mask = 0, rows, None
             cos, sin = rope_table(self.config, rows, x.device, x.dtype)
         else:
-            start = cache.length
+            start, end = cache.length, slots or cache.length + rows
             cos, sin = cache.cos[start:start + rows], cache.sin[start:start + rows]
             mask = None                                # one row sees everything; from slot 0 on, causal
-            if rows > 1 and start > 0:                 # row r sees slots 0 .. start + r
-                mask = torch.full((rows, start + rows), -torch.inf, dtype=x.dtype, device=x.device).triu(start + 1)
+            if slots or (rows > 1 and start > 0):      # row r sees slots 0 .. start + r
+                mask = torch.full((rows, end), -torch.inf, dtype=x.dtype, device=x.device).triu(start + 1)
             cache.length += rows
         states = [x]
         for i, layer in enumerate(self.layers):
             if i not in skip:
-                x = layer(x, cos, sin, mask, None if cache is None else partial(cache.put, i, start))
+                x = layer(x, cos, sin, mask, None if cache is None else partial(cache.put, i, start, end))
             states.append(x)
         return states
 

@@ -11,6 +11,11 @@ cache yet, so it stands at position n = cache.length.
 
 Read ``clasp`` first, then what it calls in that order. ``autoregressive`` is the plain decoding that it must
 agree with and is timed against. Both are generators: they yield token ids and keep ``Stats`` up to date.
+
+Exact to the last bit: kernels round differently for 1 row and for 5, so in bfloat16 "the same" greedy text
+parts at the first near tie. Here every verify pass has the same shape (``full_pass``): a row's bits depend on
+its token and those before it, not on how many of the rows beside it are drafted, accepted or padding.
+``autoregressive(rows=K + 1)`` computes in that shape too, and clasp equals it bit for bit.
 """
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -21,7 +26,7 @@ import torch
 from torch import Tensor
 
 from dp_skip import Layer, Selection, select_layers
-from model import KVCache, Llama
+from model import BLOCK, KVCache, Llama, ModelError, rope_table
 
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly with it
 DRAFT_LENGTH = 4              # defaults by measurement, see README.md
@@ -69,16 +74,20 @@ class Stats:
 @torch.inference_mode()
 def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: int | None = None,
           draft_length: int = DRAFT_LENGTH, exit_threshold: float = EXIT_THRESHOLD, opt_interval: int = OPT_INTERVAL,
-          temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
-          stats: Stats | None = None) -> Iterator[int]:
+          exact: bool = True, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
+          stats: Stats | None = None, cache: KVCache | None = None) -> Iterator[int]:
     """Yield up to max_new_tokens tokens, distributed exactly as the whole model's own.
 
     prompt: at least one token id. skip_layers M: layers left out of the draft, default half of them.
     draft_length K: most tokens drafted per cycle. exit_threshold: a draft ends after a token at which the
     draft model's top probability (before temperature and top-p) was lower (§5.3.3). opt_interval: cycles
-    between optimisations (§3.7). temperature 0 is greedy. Decoding ends after a token in ``stop``.
+    between optimisations (§3.7). exact: verify in passes of one shape, bit for bit what plain decoding in that
+    shape computes; False saves the padding of short drafts, and greedy text may part where two tokens tie but
+    for rounding. temperature 0 is greedy. Decoding ends after a token in ``stop``.
+    cache: may hold the prompt's first cache.length tokens; at every yield it holds all tokens so far but
+    the last, so a caller may stop anywhere and go on with it.
     Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens
-    do not fit the context.
+    do not fit the context or the cache; ModelError if the model computes something that is no number.
     """
     layers = len(model.layers)
     budget = layers // 2 if skip_layers is None else skip_layers
@@ -91,8 +100,10 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     choose = partial(pick, temperature=temperature, top_p=top_p, rng=rng)
 
     start = now()
-    cache = KVCache(model, len(prompt) + max_new_tokens + budget)     # the DP's rows lie past all tokens
-    hidden = prefill(model, cache, prompt[:-1])
+    rows = exact_rows(model, draft_length + 1) if exact else 1
+    cache = cache or KVCache(model, len(prompt) + max_new_tokens, rows)
+    require_room(cache, prompt, max_new_tokens, rows)
+    hidden = prefill(model, cache, prompt[cache.length:-1])
     stats.prefill_seconds = now() - start
     pending, skip = prompt[-1], None
     while stats.new_tokens < max_new_tokens:
@@ -104,16 +115,16 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         optimized = now()
         drafted, q = [], []
         if skip is not None:       # else the prompt was one token: no state yet to choose layers from
-            room = max_new_tokens - stats.new_tokens - 1              # the verifier adds one of its own
+            room = min(max_new_tokens - stats.new_tokens - 1,         # the verifier adds one of its own
+                       BLOCK - 1 - cache.length % BLOCK)              # and its rows lie in one block
             drafted, q = draft(model, cache, pending, skip, min(draft_length, room), exit_threshold, choose, stop)
-        was_drafted = now()
-        states = model(as_row(model, [pending, *drafted]), cache)
-        logits = model.logits(states[-1])[0]                          # (k + 1, vocabulary)
+        was_drafted, n = now(), cache.length
+        states, logits = full_pass(model, cache, [pending, *drafted], rows)
         if temperature == 0:
             accepted, own = accept_greedy(drafted, logits)
         else:
             accepted, own = accept_sampled(drafted, q, distribution(logits, temperature, top_p), rng)
-        cache.length -= len(drafted) - accepted                       # the roll-back
+        cache.length = n + accepted + 1                               # the roll-back
         stats.cycles += 1
         due = skip is None or stats.cycles % opt_interval == 0
         hidden = torch.stack([state[0, accepted] for state in states]) if due else None    # (L+1, dim)
@@ -127,6 +138,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         for i, token in enumerate([*drafted[:accepted], own]):
             stats.tokens.append(token)
             stats.from_draft.append(i < accepted)
+            cache.length = n + i + 1                                  # the caller may take no more
             yield token
             if token in stop:
                 return
@@ -134,21 +146,26 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
 
 
 @torch.inference_mode()
-def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, temperature: float = 0.0,
+def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, rows: int = 1, temperature: float = 0.0,
                    top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
-                   stats: Stats | None = None) -> Iterator[int]:
-    """Plain decoding, one row and one token per pass of the whole model. Arguments as for ``clasp``."""
+                   stats: Stats | None = None, cache: KVCache | None = None) -> Iterator[int]:
+    """Plain decoding, one token per pass of the whole model. Arguments as for ``clasp``.
+
+    rows: 1 is fastest; K + 1 computes as clasp's verify passes do, the rest of the rows being padding.
+    """
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed)
     stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
     start = now()
-    cache = KVCache(model, len(prompt) + max_new_tokens)
-    prefill(model, cache, prompt[:-1])
+    rows = exact_rows(model, rows)
+    cache = cache or KVCache(model, len(prompt) + max_new_tokens, rows)
+    require_room(cache, prompt, max_new_tokens, rows)
+    prefill(model, cache, prompt[cache.length:-1])
     stats.prefill_seconds = now() - start
     token = prompt[-1]
     while stats.new_tokens < max_new_tokens:
         start = now()
-        logits = model.logits(model(as_row(model, [token]), cache)[-1])[0, 0]
-        token, _ = pick(logits, temperature, top_p, rng)
+        _, logits = full_pass(model, cache, [token], rows)
+        token, _ = pick(logits[0], temperature, top_p, rng)
         stats.seconds += now() - start
         stats.cycles += 1
         stats.tokens.append(token)
@@ -164,6 +181,46 @@ def prefill(model: Llama, cache: KVCache, tokens: list[int]) -> Tensor | None:
     for i in range(0, len(tokens), PREFILL_ROWS):
         states = model(as_row(model, tokens[i:i + PREFILL_ROWS]), cache)
     return torch.stack([state[0, -1] for state in states]) if states else None
+
+
+def full_pass(model: Llama, cache: KVCache, tokens: list[int], rows: int) -> tuple[list[Tensor], Tensor]:
+    """The whole model on tokens, always in ``rows`` rows: their hidden states and logits (tokens, vocabulary).
+
+    The rows left over are padding, and all rows look over whole blocks of the cache, up to the first token's
+    own, so that no shape depends on how many tokens there are. With ``rows`` 1 there is neither: what is fastest.
+    Raises ModelError for logits that are no numbers.
+    """
+    n, padding = cache.length, [0] * (rows - len(tokens))
+    states = model(as_row(model, tokens + padding), cache, slots=None if rows == 1 else (n // BLOCK + 1) * BLOCK)
+    logits = model.logits(states[-1])[0, :len(tokens)]
+    cache.length = n + len(tokens)
+    if not logits.max().isfinite():                                   # NaN counts as the maximum
+        raise ModelError(f"the model computes numbers that are none: its weights are damaged, or {logits.dtype} "
+                         "overflows (then try --dtype float32)")
+    return states, logits
+
+
+def exact_rows(model: Llama, rows: int) -> int:
+    """The fewest rows, from ``rows`` on, at which a row's bits do not depend on its place among them.
+
+    A kernel may take the last rows differently from the first (MKL's for AVX2 take 7 as 6 + 1). So the machine
+    is asked: one layer and the head, on the same row in every place, must give the same in every place. More
+    often in 16 bits, which round most differences away.
+    """
+    c, weight, random = model.config, model.embed.weight, torch.Generator().manual_seed(0)
+    cos, sin = rope_table(c, 1, weight.device, weight.dtype)
+    trials = 3 if weight.dtype == torch.float32 else 12
+
+    def same_everywhere(width: int, slots: int) -> bool:
+        row = torch.randn(c.hidden_size, generator=random).to(weight).repeat(1, width, 1)
+        seen = torch.randn(2, 1, c.num_key_value_heads, slots, c.head_dim, generator=random).to(weight)
+        out = model.logits(model.layers[0](row, cos, sin, weight.new_zeros(width, slots), lambda k, v: seen))
+        return torch.equal(out, out[:, :1].expand_as(out))
+
+    for width in range(rows, rows + 8):
+        if width == 1 or all(same_everywhere(width, (1 + i % 3) * BLOCK) for i in range(trials)):
+            return width
+    return rows                                    # nothing helps on this machine: --compare tells what comes of it
 
 
 def optimize(model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=select_layers) -> Selection:
@@ -189,7 +246,7 @@ def candidate_layer(model: Llama, cache: KVCache, rows: int) -> Layer:
 
     def layer(i: int, candidates: Tensor) -> Tensor:
         m = len(candidates)
-        return model.layers[i](candidates[None], cos, sin, mask[:m, :n + m], partial(cache.put, i, n))[0]
+        return model.layers[i](candidates[None], cos, sin, mask[:m, :n + m], partial(cache.put, i, n, n + m))[0]
 
     return layer
 
@@ -207,6 +264,8 @@ def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], lengt
     start, tokens, distributions = cache.length, [], []
     while len(tokens) < length:
         logits = model.logits(model(as_row(model, [token]), cache, skip)[-1])[0, 0]
+        if not logits.max().isfinite():                # fewer layers may overflow float16 where all do not
+            break
         token, q = choose(logits)
         tokens.append(token)
         distributions.append(q)
@@ -241,8 +300,9 @@ def accept_sampled(drafted: list[int], q: list[Tensor], p: Tensor, rng: torch.Ge
     if k:
         i, d = torch.arange(k, device=p.device), torch.tensor(drafted, device=p.device)
         q = torch.stack(q)
-        rejected = torch.rand(k, generator=rng, device=p.device) * q[i, d] >= p[i, d]
-        accepted = int(torch.cat((rejected, rejected.new_ones(1))).int().argmax())   # the first, or k
+        keep = (p[i, d] / q[i, d].clamp(min=torch.finfo(q.dtype).tiny)).clamp(max=1)
+        kept = torch.bernoulli(keep, generator=rng)
+        accepted = int(torch.cat((kept, kept.new_zeros(1))).argmin())        # the first rejected, or k
         if accepted < k:
             tail = (p[accepted] - q[accepted]).clamp(min=0)
             tail = torch.where(tail.sum() > 0, tail, p[accepted])     # p = q but for rounding: nothing is left
@@ -308,3 +368,9 @@ def require_possible(model: Llama, prompt: list[int], max_new_tokens: int, tempe
     require(temperature == 0 or temperature >= 1e-6, "the temperature must be 0 (greedy) or positive")
     require(0 <= seed < 2 ** 63, "the seed must lie between 0 and 2^63 - 1")
     require(0 < top_p <= 1, "top-p must lie above 0 and at most at 1")
+
+
+def require_room(cache: KVCache, prompt: list[int], max_new_tokens: int, rows: int):
+    require(cache.length < len(prompt), f"the cache holds {cache.length} tokens, and the prompt has only {len(prompt)}")
+    require(cache.tokens >= len(prompt) + max_new_tokens and cache.rows >= rows,
+            f"the cache has no room for {len(prompt)} + {max_new_tokens} tokens in passes of {rows}")

@@ -108,7 +108,7 @@ def test_a_budget_outside_the_layers_is_an_error(budget):
 def positions(model, count):
     """Caches of different lengths with the last token's states; the first at position 0, the second rolled back."""
     for number in range(count):
-        cache = KVCache(model, 100 + len(model.layers))
+        cache = KVCache(model, 100)
         feed(model, cache, tokens_of(model, 1 if number == 0 else random.Random(number).randint(2, 60), number))
         if number == 1:
             feed(model, cache, tokens_of(model, 9, 99))

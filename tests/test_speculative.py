@@ -7,7 +7,8 @@ import torch
 
 import speculative
 from conftest import DEVICE, random_model, tokens_of
-from speculative import SettingsError, Stats, accept_greedy, accept_sampled, autoregressive, clasp, distribution
+from speculative import (SettingsError, Stats, accept_greedy, accept_sampled, autoregressive, clasp, distribution, draft,
+                         pick)
 
 
 def generator(seed=0):
@@ -109,45 +110,158 @@ def chi_square_is_plausible(counts: collections.Counter, expected: dict) -> bool
     return abs(statistic - freedom) < 5 * (2 * freedom) ** 0.5 + 5
 
 
+class Enumerated:
+    """Stands in for chance: every draw of decoding is a fork, and each path through the forks is walked once.
+
+    ``torch.multinomial`` and ``torch.bernoulli`` ask ``fork`` which way to go; a path's probability is the
+    product of those of its turns.
+    """
+
+    def __init__(self, monkeypatch):
+        monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: torch.tensor([self.fork(p.tolist())]))
+        monkeypatch.setattr(torch, "bernoulli", lambda p, generator: torch.tensor([self.fork([1 - x, x]) for x in p.tolist()]))
+
+    def fork(self, weights: list[float]) -> int:
+        turns = [(i, weight / sum(weights)) for i, weight in enumerate(weights) if weight > 0]
+        if self.step == len(self.path):
+            self.path.append(0)
+            self.turns.append(len(turns))
+        choice, probability = turns[self.path[self.step]]
+        self.probability *= probability
+        self.step += 1
+        return choice
+
+    def distribution(self, run) -> dict:
+        """What ``run()`` returns, with the probability of each outcome."""
+        outcomes, self.path, self.turns = collections.Counter(), [], []
+        while True:
+            self.step, self.probability = 0, 1.0
+            outcomes[tuple(run())] += self.probability
+            while self.path and self.path[-1] == self.turns[-1] - 1:        # to the last fork with a way untried
+                self.path.pop(), self.turns.pop()
+            if not self.path:
+                return outcomes
+            self.path[-1] += 1
+
+
+def own_distribution(model, prompt, count, temperature=1, top_p=1, **_) -> dict:
+    """The model's own distribution over the next ``count`` tokens, from whole forward passes without a cache."""
+    expected = {(): 1.0}
+    for _ in range(count):
+        longer = {}
+        for tokens, probability in expected.items():
+            logits = model.logits(model(torch.tensor([[*prompt, *tokens]], device=DEVICE))[-1])[0, -1]
+            longer |= {(*tokens, t): probability * p for t, p in enumerate(distribution(logits, temperature, top_p).tolist())}
+        expected = longer
+    return expected
+
+
+def error_of_the_induced_distribution(monkeypatch, vocabulary=4, count=3, **settings) -> float:
+    """Largest error, over all texts of ``count`` tokens, of the probability with which clasp writes them."""
+    model, prompt = random_model(layers=3, vocabulary=vocabulary, seed=1, residual=1.0, head_scale=0.6), [0, 1, 2]
+    expected = own_distribution(model, prompt, count, **settings)
+    settings = dict(temperature=1, skip_layers=2, draft_length=2, exact=False) | settings
+    induced = Enumerated(monkeypatch).distribution(lambda: clasp(model, prompt, count, **settings))
+    assert sum(induced.values()) == pytest.approx(1, abs=1e-6)
+    return max(abs(induced.get(tokens, 0) - p) for tokens, p in expected.items())
+
+
+NUCLEUS, EXIT = dict(temperature=0.7, top_p=0.8), dict(exit_threshold=0.5)
+
+
+@pytest.mark.parametrize("settings", [{}, NUCLEUS, EXIT, EXIT | NUCLEUS, dict(opt_interval=1)], ids=str)
+def test_every_text_has_the_models_own_probability(monkeypatch, settings):
+    error = error_of_the_induced_distribution(monkeypatch, **settings)
+    print(f"largest error {error:.1e}")
+    assert error < 1e-6
+
+
+# Ways to get it wrong.
+
 def always_accept(drafted, q, p, rng):
     return len(drafted), int(torch.multinomial(p[-1], 1, generator=rng))
 
 
 def no_residual(drafted, q, p, rng):
     accepted, own = accept_sampled(drafted, q, p, rng)
-    return accepted, int(torch.multinomial(p[accepted], 1, generator=rng))
+    return accepted, own if accepted == len(drafted) else int(torch.multinomial(p[accepted], 1, generator=rng))
 
 
 def wrong_row(drafted, q, p, rng):
     return accept_sampled(drafted, q, p.roll(1, dims=0), rng)
 
 
-def sampled_pairs(rule, monkeypatch, model, count, **settings) -> bool:
-    """Do the first two tokens of ``count`` runs have the distribution that the model gives them?"""
-    monkeypatch.setattr(speculative, "accept_sampled", rule)
-    prompt, expected, temperature, top_p = [1, 2, 3], {}, settings.get("temperature", 1), settings.get("top_p", 1)
-
-    def next_of(tokens):
-        logits = model.logits(model(torch.tensor([tokens], device=DEVICE))[-1])[0, -1]
-        return distribution(logits, temperature, top_p).tolist()
-
-    for a, p in enumerate(next_of(prompt)):
-        expected |= {(a, b): p * q for b, q in enumerate(next_of([*prompt, a]))}
-    counts = collections.Counter(tuple(clasp(model, prompt, 2, seed=seed, **settings)) for seed in range(count))
-    return chi_square_is_plausible(counts, expected)
+def q_before_top_p(logits, temperature, top_p, rng):
+    token, _ = pick(logits, temperature, top_p, rng)
+    return token, distribution(logits, temperature, 1)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(temperature=1), dict(temperature=0.7, top_p=0.8), dict(temperature=1, exit_threshold=0.5)], ids=str)
-def test_samples_have_the_models_distribution(monkeypatch, settings):
-    model = random_model(layers=3, vocabulary=7, seed=1, residual=1.0, head_scale=0.6)
-    assert sampled_pairs(accept_sampled, monkeypatch, model, 2000, skip_layers=2, draft_length=2, **settings)
+def unlikely_token_dropped(*args):
+    drafted, q = draft(*args)
+    while drafted and q[-1][drafted[-1]] < 0.1:
+        drafted.pop(), q.pop()
+    return drafted, q
 
 
-@pytest.mark.parametrize("broken", [always_accept, no_residual, wrong_row])
-def test_the_same_test_fails_for_a_broken_acceptance_rule(monkeypatch, broken):
-    model = random_model(layers=3, vocabulary=7, seed=1, residual=1.0, head_scale=0.6)
-    assert not sampled_pairs(broken, monkeypatch, model, 2000, skip_layers=2, draft_length=2, temperature=1)
+def exit_by_the_verifier(drafted, q, p, rng):
+    k = next((i for i, d in enumerate(drafted) if p[i, d] < 0.1), len(drafted))
+    return accept_sampled(drafted[:k], q[:k], p[:k + 1], rng)
+
+
+def bonus_from_the_draft(drafted, q, p, rng):
+    accepted, own = accept_sampled(drafted, q, p, rng)
+    return accepted, int(torch.multinomial(q[-1], 1, generator=rng)) if q and accepted == len(drafted) else own
+
+
+@pytest.mark.parametrize("name, wrong, settings", [
+    ("accept_sampled", always_accept, {}), ("accept_sampled", no_residual, {}), ("accept_sampled", wrong_row, {}),
+    ("pick", q_before_top_p, NUCLEUS), ("draft", unlikely_token_dropped, dict(temperature=0.5)),
+    ("accept_sampled", exit_by_the_verifier, dict(temperature=0.5)), ("accept_sampled", bonus_from_the_draft, {})])
+def test_enumeration_finds_a_broken_rule(monkeypatch, name, wrong, settings):
+    monkeypatch.setattr(speculative, name, wrong)
+    error = error_of_the_induced_distribution(monkeypatch, vocabulary=3, **settings)
+    print(f"{wrong.__name__}: largest error {error:.1e}")
+    assert error > 1e-3
+
+
+def places_are_uniform(model, count, temperature=1.0, top_p=1.0, **settings) -> bool:
+    """Do about ``count`` written tokens fall where chance would have them in the model's own distribution?
+
+    Put the vocabulary in any order that the text before a token decides. The token's place, the probability of
+    all before it in that order and a random share of its own, is then uniform on 0 .. 1, and independent of other
+    tokens' places. Chi-square over 5 bins, for two orders: by probability, and by how much the draft undervalues.
+    """
+    places, chance = {"likely": [], "undervalued": []}, torch.Generator(DEVICE).manual_seed(1)
+    for seed in range(count // 240):
+        prompt, stats = tokens_of(model, 3, seed), Stats()
+        written = list(clasp(model, prompt, 240, temperature=temperature, top_p=top_p, seed=seed, stats=stats, **settings))
+        text = torch.tensor([[*prompt, *written]], device=DEVICE)
+
+        def probabilities(skip):
+            return distribution(model.logits(model(text[:, :-1], skip=skip)[-1])[0, len(prompt) - 1:], temperature, top_p)
+
+        p, q, written = probabilities(()), probabilities(stats.skip_sets[0][1]), text[0, len(prompt):, None]
+        for name, key in (("likely", p), ("undervalued", p - q)):
+            own = key.gather(1, written)
+            share = torch.rand(len(own), generator=chance, device=DEVICE)
+            places[name] += ((p * (key > own)).sum(1) + share * (p * (key == own)).sum(1)).tolist()
+    return all(chi_square_is_plausible(collections.Counter(min(4, int(5 * place)) for place in some), dict.fromkeys(range(5), 0.2))
+               for some in places.values())
+
+
+@pytest.mark.parametrize("settings", [{}, dict(top_p=0.5), dict(temperature=1.3, exit_threshold=0.3)], ids=str)
+def test_samples_of_the_bundled_model_have_its_distribution(bundled, settings):
+    assert places_are_uniform(bundled, 1680, skip_layers=17, **settings)
+
+
+@pytest.mark.parametrize("name, wrong, count, settings", [
+    ("accept_sampled", always_accept, 480, {}), ("accept_sampled", no_residual, 960, dict(skip_layers=19)),
+    ("accept_sampled", wrong_row, 240, {}), ("pick", q_before_top_p, 1920, dict(top_p=0.5)),
+    ("draft", unlikely_token_dropped, 2400, dict(temperature=1.3)),
+    ("accept_sampled", exit_by_the_verifier, 1680, {}), ("accept_sampled", bonus_from_the_draft, 1920, {})])
+def test_the_same_test_fails_for_a_broken_rule(bundled, monkeypatch, name, wrong, count, settings):
+    monkeypatch.setattr(speculative, name, wrong)
+    assert not places_are_uniform(bundled, count, **dict(skip_layers=17) | settings)
 
 
 def test_acceptance_gives_p_whatever_the_draft_believes():

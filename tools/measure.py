@@ -1,7 +1,7 @@
 """Measure what README.md claims: is CLaSp faster, is its output the same, what does the DP cost and find.
 
     python tools/measure.py speed  [--model M] [--skip-layers ..] [--draft-length ..] [--opt-interval ..]
-    python tools/measure.py equal  [--model M]        greedy tokens, 20 prompts x 6 values of M x 64 tokens
+    python tools/measure.py equal  [--model M] [--dtype D]  greedy text, logits and cache, bit for bit, 4 values of M
     python tools/measure.py dp     [--model M]        fast = plain at 20 positions; time of a DP in verify passes
     python tools/measure.py slice  [--model M]        DP, brute force and random sets on a 10-layer slice
 
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import speculative  # noqa: E402
 from dp_skip import select_layers, select_layers_plain  # noqa: E402
 from generate import BUNDLED, Text, choose_device, suggested_settings  # noqa: E402
 from model import KVCache, find_folder, load_model  # noqa: E402
@@ -99,15 +100,48 @@ def decode(model, prompt, setting, count, seed, base):
     return stats, list(run(model, prompt, count, seed=seed, stats=stats, **base, **(setting or {})))
 
 
+@torch.inference_mode()
 def equal(args, model, encode):
-    layers, different, total = len(model.layers), 0, 0         # with the settings clasp() itself has by default
-    for i, prompt in enumerate(map(encode, PROMPTS)):
-        expected = list(autoregressive(model, prompt, 64))
-        for skip in (0, 1, layers // 4, layers // 2, 3 * layers // 4, layers - 1):
-            total += 1
-            different += list(clasp(model, prompt, 64, skip_layers=skip)) != expected
-        print(f"\r{i + 1}/{len(PROMPTS)} prompts, {different} of {total} runs differ", end="", file=sys.stderr, flush=True)
-    print(f"\n{total} runs of 64 greedy tokens: {different} differ from plain decoding")
+    """Greedy text, every logit row of the whole model and the cache, bit for bit, against plain decoding K+1 rows wide."""
+    prompts = [encode(" ".join(p.split()[:words])) for words in (99, 4, 8) for p in PROMPTS][:args.prompts]
+    layers, count = len(model.layers), args.max_new_tokens
+    k = args.draft_length[0] or suggested_settings(find_folder(args.model))["draft_length"]
+    rows_seen, full_pass = {}, speculative.full_pass
+
+    def recorded(model, cache, tokens, rows):
+        n, (states, logits) = cache.length, full_pass(model, cache, tokens, rows)
+        rows_seen.update((n + i, row) for i, row in enumerate(logits))
+        return states, logits
+
+    def run(method, prompt, **settings):
+        rows_seen.clear()
+        cache = KVCache(model, len(prompt) + count, k + 1)
+        tokens, length = list(method(model, prompt, count, cache=cache, **settings)), len(prompt) + count - 1
+        return tokens, [rows_seen[i] for i in range(len(prompt) - 1, length)] + [
+            x[:, :, :length] for x in cache.keys + cache.values]
+
+    speculative.full_pass = recorded
+    runs = parted = bits = numbers = parted_one_row = 0
+    for i, prompt in enumerate(prompts):
+        expected, expected_numbers = run(autoregressive, prompt, rows=k + 1)
+        one_row = list(autoregressive(model, prompt, count))
+        for skip in (0, layers // 4, layers // 2, layers - 3):
+            tokens, got = run(clasp, prompt, skip_layers=skip, draft_length=k)
+            runs += 1
+            parted += tokens != expected
+            parted_one_row += tokens != one_row
+            numbers += sum(x.numel() for x in got)
+            bits += sum((bits_of(x) ^ bits_of(y)).count_nonzero().item() for x, y in zip(got, expected_numbers))
+        print(f"\r{i + 1}/{len(prompts)} prompts, {parted} of {runs} runs differ, {bits} of {numbers:.3g} numbers",
+              end="", file=sys.stderr, flush=True)
+    speculative.full_pass = full_pass
+    print(f"\n{model.embed.weight.dtype}: {runs} runs of {count} greedy tokens, K {k}: {parted} differ from plain decoding "
+          f"{speculative.exact_rows(model, k + 1)} rows wide; {bits} of {numbers:.3g} logits, keys and values differ in a "
+          f"bit; {parted_one_row} texts differ from plain decoding one row wide", flush=True)
+
+
+def bits_of(x):
+    return x.contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
 
 
 @torch.inference_mode()
@@ -116,7 +150,7 @@ def dp(args, model, encode):
     tokens = [token for prompt in PROMPTS for token in encode(prompt)]
     sets = worst = 0
     for position in [0, *random.Random(0).sample(range(1, min(len(tokens), 300)), 19)]:
-        cache = KVCache(model, position + 20 + budget)
+        cache = KVCache(model, position + 20)
         hidden = prefill(model, cache, tokens[:position + 1])
         if position % 2:                                       # write past the position and roll back
             model(as_row(model, tokens[:7]), cache)
@@ -129,7 +163,7 @@ def dp(args, model, encode):
     print(f"fast and plain DP, 20 positions x {budget + 1} budgets: {sets} sets equal, "
           f"largest difference of cosines {worst:.1e}; cache untouched")
     draft_length = suggested_settings(find_folder(args.model))["draft_length"]
-    cache = KVCache(model, 300 + budget)
+    cache = KVCache(model, 300)
     hidden, rows = prefill(model, cache, tokens[:200]), as_row(model, tokens[200:201 + draft_length])
     work = {"step": lambda: model.logits(model(rows[:, :1], cache)[-1]).argmax(-1).tolist(),
             "verify": lambda: model.logits(model(rows, cache)[-1]).argmax(-1).tolist(),
