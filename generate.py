@@ -290,10 +290,11 @@ def run(args) -> int:
         for method in ("clasp", "autoregressive"):
             list(decode(method, prompt, min(8, args.max_new_tokens), Stats()))
 
-    pieces = text.stream(prompt, decode(args.method, prompt, args.max_new_tokens, stats))
+    pieces, status = text.stream(prompt, decode(args.method, prompt, args.max_new_tokens, stats)), 0
     try:
         if args.json:
-            written = "".join(pieces)
+            for piece in pieces:
+                written += piece
         else:
             first = next(pieces, "")                           # whatever is refused, is refused before any output
             if sys.stderr.isatty() and not args.chat:          # so that a terminal shows the text whole
@@ -301,14 +302,13 @@ def run(args) -> int:
             show(itertools.chain((first,), pieces), stats, args.show_drafts)
     except KeyboardInterrupt:                                  # the text so far stays
         say("\ninterrupted")
-        report(args, stats, model.config.num_hidden_layers)
-        return 130
+        status = 130
     report(args, stats, model.config.num_hidden_layers)
-    if args.compare:
+    if args.compare and not status:
         comparison = compare(args, model, decode, prompt, stats)
     if args.json:
         print(as_json(args, model, prompt, written, stats, comparison))
-    return 0
+    return status
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,21 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from model import Config, KVCache, Llama, load_model  # noqa: E402
+
+settings.register_profile("default", max_examples=300, deadline=None, derandomize=True)
+settings.register_profile("thorough", max_examples=5000, deadline=None)
+settings.load_profile("default")
 
 DEVICE = os.environ.get("CLASP_TEST_DEVICE", "cpu")
 BUNDLED = ROOT / "checkpoints" / "fairy-tales"
 REAL = os.environ.get("CLASP_REAL_MODEL")
 
 
-def random_model(layers=6, vocabulary=61, seed=0, residual=0.3, head_scale=1.0) -> Llama:
+def random_model(layers=6, vocabulary=61, seed=0, residual=0.3, head_scale=1.0, context=256) -> Llama:
     """A LLaMA with random weights. ``residual`` scales what each layer adds: small, and skipping matters little."""
     torch.manual_seed(seed)
     model = Llama(Config(vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=layers,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=256))
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+                         max_position_embeddings=context))
     for name, weight in model.named_parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)

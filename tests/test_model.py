@@ -46,7 +46,7 @@ def test_skipping_layers_is_leaving_them_out():
 
 
 def test_rollback_is_an_integer():
-    model, cache = random_model(), None
+    model = random_model()
     kept, rejected, after = tokens_of(model, 7, 1), tokens_of(model, 5, 2), tokens_of(model, 3, 3)
     caches = [KVCache(model, 20) for _ in range(2)]
     for cache in caches:
@@ -75,33 +75,6 @@ def test_what_would_give_wrong_text_is_refused_by_name(folder, change, word):
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
     with pytest.raises(ModelError, match=word):
         load_model(folder)
-
-
-def edit_weights(path, change):
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path)
-
-
-@pytest.mark.parametrize("damage, word", [
-    (lambda f: (f / "config.json").unlink(), "config.json is missing"),
-    (lambda f: (f / "config.json").write_text("{"), "not readable as JSON"),
-    (lambda f: (f / "config.json").write_text("[1]"), "not a JSON object"),
-    (lambda f: (f / "model.safetensors").unlink(), "is missing"),
-    (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-500]), "truncated"),
-    (lambda f: (f / "model.safetensors").write_bytes(b""), "truncated"),
-    (lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}'), "gone"),
-    (lambda f: (f / "model.safetensors.index.json").write_text('{"metadata": {}}'), "weight_map"),
-    (lambda f: edit_weights(f / "model.safetensors", lambda w: w.pop("model.norm.weight")), "no weights for model.norm"),
-    (lambda f: edit_weights(f / "model.safetensors", lambda w: w.update(extra=torch.ones(1))), "unexpected tensor extra"),
-    (lambda f: edit_weights(f / "model.safetensors", lambda w: w.update({"model.norm.weight": torch.ones(3)})), r"\(3,\)"),
-    (lambda f: edit_weights(f / "model.safetensors", lambda w: w.update({"model.norm.weight": torch.ones(32).int()})), "int32"),
-], ids=lambda value: value if isinstance(value, str) else "")
-def test_damaged_folders_are_refused_in_one_line(folder, damage, word):
-    damage(folder)
-    with pytest.raises(ModelError, match=word) as error:
-        load_model(folder)
-    assert "\n" not in str(error.value)
 
 
 def test_weights_go_out_and_in_again_unchanged(tmp_path):

@@ -7,8 +7,9 @@ import torch
 
 import speculative
 from conftest import DEVICE, random_model, tokens_of
+from model import KVCache
 from speculative import (SettingsError, Stats, accept_greedy, accept_sampled, autoregressive, clasp, distribution, draft,
-                         pick)
+                         exact_rows, pick)
 
 
 def generator(seed=0):
@@ -95,6 +96,29 @@ def test_impossible_settings_are_refused(settings, word):
     settings = dict(prompt=[1, 2, 3], max_new_tokens=5) | settings
     with pytest.raises(SettingsError, match=word):
         next(clasp(random_model(), **settings))
+
+
+def test_a_pass_is_as_wide_as_the_kernels_want_it(monkeypatch):
+    """Where the last row of 5 or 6 would come out differently, 7 are taken."""
+    def uneven(x, weight, bias=None):
+        out = linear(x, weight)
+        if x.shape[-2] in (5, 6):
+            out[..., -1, :] += 1e-3
+        return out
+
+    linear, model = torch.nn.functional.linear, random_model()
+    assert [exact_rows(model, rows) for rows in (1, 4)] == [1, 4]
+    monkeypatch.setattr(torch.nn.functional, "linear", uneven)
+    assert [exact_rows(model, rows) for rows in (1, 4, 5, 6, 7)] == [1, 4, 7, 7, 7]
+
+
+@pytest.mark.parametrize("length, tokens, rows, word", [(3, 8, 1, "prompt has only 3"), (0, 8, 9, "passes of 9"), (0, 300, 1, "no room")])
+def test_a_cache_without_room_is_refused(length, tokens, rows, word):
+    model = random_model(context=1000)
+    cache = KVCache(model, 8)
+    cache.length = length
+    with pytest.raises(SettingsError, match=word):
+        next(autoregressive(model, [1, 2, 3], tokens - 3, rows=rows, cache=cache))
 
 
 # ---------------------------------------------------------------- sampling
