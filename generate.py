@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from model import KVCache, Llama, ModelError, find_folder, load_model, read_json
+from packed import pack
 from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, SettingsError, Stats, autoregressive, clasp
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "fairy-tales"
@@ -94,14 +95,14 @@ class Text:
     def encode(self, prompt: str, chat: bool) -> list[int]:
         """Token ids; begin-of-text comes from the template, or as the tokenizer's files say."""
         if chat:
-            return self.tokenizer.encode(self.render(prompt), add_special_tokens=False).ids
+            return self.tokenizer.encode(self.render([prompt]), add_special_tokens=False).ids
         add_begin = self.config.get("add_bos_token")           # if unset, tokenizer.json's own rule holds
         ids = self.tokenizer.encode(prompt, add_special_tokens=add_begin is not False).ids
         begin = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
         return [begin, *ids] if add_begin and begin is not None and ids[:1] != [begin] else ids
 
-    def render(self, prompt: str) -> str:
-        """The prompt as one user message in the model's own Jinja template, run in jinja2's sandbox."""
+    def render(self, turns: list[str]) -> str:
+        """User's and model's messages in turn, in the model's own Jinja template, run in jinja2's sandbox."""
         import jinja2.sandbox
         path, template = self.folder / "chat_template.jinja", self.config.get("chat_template")
 
@@ -121,8 +122,8 @@ class Text:
             if isinstance(template, list):                     # several, by name
                 template = {t["name"]: t["template"] for t in template}.get("default")
             if template:
-                return environment.from_string(template).render(
-                    messages=[{"role": "user", "content": prompt}], add_generation_prompt=True, **self.special)
+                messages = [{"role": role, "content": turn} for role, turn in zip(itertools.cycle(("user", "assistant")), turns)]
+                return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **self.special)
         except Exception as error:                             # a template is a program, and may fail as one
             raise ModelError(f"{self.folder}: the chat template failed: {error}") from None
         raise ModelError(f"{self.folder} has no chat template: leave out --chat")
@@ -284,7 +285,7 @@ def run(args) -> int:
     folder = find_folder(args.model)
     text = Text(folder)
     prompt = text.encode(prompt_text, args.chat)
-    model = load_model(folder, device, dtype)
+    model = pack(load_model(folder, device, dtype))
     decode, stats, comparison, written = decoder(args, folder, model, text.stop), Stats(), {}, ""
     if args.compare:                                           # first passes are slow and would be unfair
         for method in ("clasp", "autoregressive"):

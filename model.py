@@ -200,7 +200,8 @@ class Llama(nn.Module):
 
     def logits(self, state: Tensor) -> Tensor:
         """Final norm and head: (..., hidden) -> (..., vocabulary)."""
-        return F.linear(self.norm(state), (self.embed if self.head is None else self.head).weight)
+        state = self.norm(state)
+        return F.linear(state, self.embed.weight) if self.head is None else self.head(state)
 
 
 # ---------------------------------------------------------------------------- Hugging Face folders

@@ -75,7 +75,8 @@ class Stats:
 def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: int | None = None,
           draft_length: int = DRAFT_LENGTH, exit_threshold: float = EXIT_THRESHOLD, opt_interval: int = OPT_INTERVAL,
           exact: bool = True, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
-          stats: Stats | None = None, cache: KVCache | None = None) -> Iterator[int]:
+          stats: Stats | None = None, cache: KVCache | None = None, optimizer: Callable | None = None,
+          drafter: Callable | None = None) -> Iterator[int]:
     """Yield up to max_new_tokens tokens, distributed exactly as the whole model's own.
 
     prompt: at least one token id. skip_layers M: layers left out of the draft, default half of them.
@@ -85,7 +86,8 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     shape computes; False saves the padding of short drafts, and greedy text may part where two tokens tie but
     for rounding. temperature 0 is greedy. Decoding ends after a token in ``stop``.
     cache: may hold the prompt's first cache.length tokens; at every yield it holds all tokens so far but
-    the last, so a caller may stop anywhere and go on with it.
+    the last, so a caller may stop anywhere and go on with it. optimizer, drafter: others in place of
+    ``optimize`` and ``draft``, called as they are; whatever they do, the output stays the whole model's.
     Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens
     do not fit the context or the cache; ModelError if the model computes something that is no number.
     """
@@ -109,7 +111,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     while stats.new_tokens < max_new_tokens:
         start = now()
         if hidden is not None:                                        # an optimisation is due
-            skip = optimize(model, cache, hidden, budget).skip_sets[budget]
+            skip = (optimizer or optimize)(model, cache, hidden, budget).skip_sets[budget]
             stats.skip_sets.append((stats.new_tokens, skip))
             stats.optimizations += 1
         optimized = now()
@@ -117,7 +119,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         if skip is not None:       # else the prompt was one token: no state yet to choose layers from
             room = min(max_new_tokens - stats.new_tokens - 1,         # the verifier adds one of its own
                        BLOCK - 1 - cache.length % BLOCK)              # and its rows lie in one block
-            drafted, q = draft(model, cache, pending, skip, min(draft_length, room), exit_threshold, choose, stop)
+            drafted, q = (drafter or draft)(model, cache, pending, skip, min(draft_length, room), exit_threshold, choose, stop)
         was_drafted, n = now(), cache.length
         states, logits = full_pass(model, cache, [pending, *drafted], rows)
         if temperature == 0:

@@ -148,12 +148,12 @@ TEMPLATE = ("{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content |
 def test_the_models_own_chat_template_is_used(folder):
     expected = '<|begin_of_text|>[user] "hé"\n[assistant]'
     set_config(folder, "tokenizer_config.json", chat_template=TEMPLATE)
-    assert Text(folder).render("hé") == expected and Text(folder).encode("hé", chat=True).count(0) == 1
+    assert Text(folder).render(["hé"]) == expected and Text(folder).encode("hé", chat=True).count(0) == 1
     set_config(folder, "tokenizer_config.json", chat_template=[{"name": "default", "template": TEMPLATE}])
-    assert Text(folder).render("hé") == expected
+    assert Text(folder).render(["hé"]) == expected
     set_config(folder, "tokenizer_config.json", chat_template="not this")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    assert Text(folder).render("hé") == expected
+    assert Text(folder).render(["hé"]) == expected
 
 
 @pytest.mark.parametrize("template", [
@@ -162,7 +162,7 @@ def test_a_bad_or_hostile_template_is_refused(folder, template):
     from model import ModelError
     set_config(folder, "tokenizer_config.json", chat_template=template)
     with pytest.raises(ModelError, match="chat template failed"):
-        Text(folder).render("x")
+        Text(folder).render(["x"])
 
 
 @pytest.mark.skipif(not REAL, reason="CLASP_REAL_MODEL is not set")

@@ -24,6 +24,7 @@ import speculative  # noqa: E402
 from dp_skip import select_layers, select_layers_plain  # noqa: E402
 from generate import BUNDLED, Text, choose_device, suggested_settings  # noqa: E402
 from model import KVCache, find_folder, load_model  # noqa: E402
+from packed import pack  # noqa: E402
 from speculative import Stats, autoregressive, as_row, candidate_layer, clasp, clock, optimize, prefill  # noqa: E402
 
 PROMPTS = [                    # written for this purpose; in no training text
@@ -224,7 +225,7 @@ def main():
     args = parser.parse_args()
     folder = find_folder(args.model)
     text, (device, dtype) = Text(folder), choose_device(args.device, args.dtype)
-    model = load_model(folder, device, dtype)
+    model = pack(load_model(folder, device, dtype))
     print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads",
           file=sys.stderr)
     what = {"speed": speed, "equal": equal, "dp": dp, "slice": slice_}[args.what]

@@ -1,0 +1,645 @@
+"""Is it faster, and faster than what? The paper's table and figures, measured on your machine and model.
+
+    pip install optuna matplotlib                        this program's own packages (search; figures)
+    python bench.py --out bench.jsonl                    the table, on the bundled model and our own prompts
+    python bench.py --questions question.jsonl --model FOLDER          on Spec-Bench's questions
+    python bench.py --figures results/figures            the figures of the paper's sections 3 and 5, and two more
+    python bench.py --synthetic llama3-8b                random weights of that shape: true speed, no sense
+
+Every method is a choice of what ``clasp`` skips or drafts, on the same loop. Each question is decoded by all
+methods in turn, in random order, in one process, after a warm-up, several times; a question's speedup is the ratio
+of the medians. Every result is written to --out at once; a run that was stopped goes on where it was.
+"""
+import csv
+import itertools
+import json
+import random
+import statistics
+import sys
+import zlib
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm          # comes with huggingface-hub
+
+from dp_skip import select_layers, select_layers_plain
+from generate import BUNDLED, Parser, Text, choose_device, say, suggested_settings
+from model import Config, KVCache, Llama, ModelError, find_folder, load_model
+from packed import pack
+from speculative import (SettingsError, Stats, autoregressive, candidate_layer, clasp, clock, exact_rows, full_pass,
+                         optimize, prefill)
+
+# Written for this project; none is in the bundled model's training text.
+PROMPTS = {
+    "chat": [
+        "Write a short letter to a friend who has just moved to a small town by the sea.",
+        "Explain to a child of seven why ships made of iron float.",
+        "Give me five rules for a good neighbour, with one sentence of reason for each."],
+    "translation": [
+        "Translate German to English: Der alte Fischer flickte sein Netz, waehrend die Kinder am Ufer Steine sammelten.",
+        "Translate German to English: Am naechsten Morgen lag der erste Schnee auf den Daechern der Stadt.",
+        "Translate German to English: Die Bruecke wurde vor zweihundert Jahren gebaut und steht noch heute."],
+    "summarization": [
+        "Summarize: The village mill had stood idle for thirty years when the council decided to repair its wheel. The work "
+        "took two summers. Carpenters from three valleys came to help, and the school collected coins for the new axle. In "
+        "May the wheel turned again, and the first flour was baked into a loaf that everyone in the village shared.",
+        "Summarize: A storm closed the mountain road on Friday. Forty travellers spent the night in the church hall, where the "
+        "fire brigade brought blankets and the baker brought soup. By noon on Saturday a plough had cleared one lane. Nobody "
+        "was hurt, but the council wants a second shelter before next winter.",
+        "Summarize: The library will stay open until nine on weekdays from October. Readers had asked for it for years. Two "
+        "new librarians start in September, and the reading room gets forty lamps. The cafe closes at six as before."],
+    "qa": [
+        "Why does the moon show us always the same side?",
+        "What is the difference between a violin and a viola?",
+        "How do bees find their way back to the hive?"],
+    "math": [
+        "A baker sells 48 rolls in the morning and half as many in the afternoon. Each costs 3 coins. How many coins does he "
+        "take in? Think step by step.",
+        "Anna is twice as old as Ben. In six years their ages sum to 48. How old is Anna now? Think step by step.",
+        "Three bags hold 7, 12 and 20 marbles. How many must be moved so that all hold the same? Think step by step."],
+    "rag": [
+        "Answer from the text. Text: The lighthouse of Skell was built in 1811 from grey granite. Its lamp burned whale oil "
+        "until 1862, then paraffin, and since 1931 it is electric. The last keeper left in 1988. Question: What did the lamp "
+        "burn in 1900? Answer:",
+        "Answer from the text. Text: The river Ome rises at two springs above Harl, passes the towns of Lind and Moor, and "
+        "meets the sea at Dun. Salmon were brought back in 2004. Question: Through which towns does the Ome pass? Answer:",
+        "Answer from the text. Text: Mira Tolland painted doors. Between 1920 and 1935 she finished 212 of them, most for "
+        "farmers who paid in eggs and wool. Nine are in the museum at Corr. Question: How was she paid? Answer:"],
+    "tale": [
+        "Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night.",
+        "A poor fisherman pulled his net from the river and found in it a small iron box, which",
+        "\"Three nights you must watch,\" said the dwarf, \"and on the third"]}
+HELD_OUT = [                                # for Self-SD's search, which may not see what it is measured on
+    "The giant was so tired that he sat down upon the church, and", "Nobody in the town would speak of the blue house, until",
+    "How is paper made from wood?", "Summarize: The ferry will not run on Monday. A new engine arrived too late."]
+GROUP = {"translation": "translation", "summarization": "summarization", "qa": "qa", "math_reasoning": "math", "rag": "rag"}
+
+SHAPES = {name: Config(128256, hidden, inner, layers, heads, 8, head_dim, 8192, tie_word_embeddings=tied)
+          for name, hidden, inner, layers, heads, head_dim, tied in (
+              ("llama3.2-1b", 2048, 8192, 16, 32, 64, True), ("llama3.2-3b", 3072, 8192, 28, 24, 128, True),
+              ("llama3-8b", 4096, 14336, 32, 32, 128, False), ("llama3-70b", 8192, 28672, 80, 64, 128, False))}
+
+
+def synthetic(config: Config, residual: float, device, dtype) -> Llama:
+    """Random weights of a shape. ``residual`` scales what all layers but the first and last two add to the stream.
+
+    The smaller it is, the less it matters which of them are skipped: it sets the draft's acceptance.
+    """
+    with torch.device("meta"):
+        model = Llama(config).to(dtype)
+    model = model.to_empty(device=device).requires_grad_(False).eval()
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        weight.fill_(1) if weight.ndim == 1 else weight.normal_(std=weight.shape[1] ** -0.5)
+    for layer in model.layers[2:-2]:
+        layer.o.weight.mul_(residual)
+        layer.down.weight.mul_(residual)
+    return model
+
+
+class Target:
+    """The model that is measured: how it turns questions into tokens, and the settings CLaSp uses on it."""
+
+    def __init__(self, args):
+        device, dtype = choose_device(args.device, args.dtype)
+        if args.synthetic:
+            self.model = pack(synthetic(SHAPES[args.synthetic], args.residual, device, dtype))
+            self.text, self.stop = None, ()
+            self.name, self.settings = f"{args.synthetic} with RANDOM WEIGHTS (residual {args.residual}; the text is noise)", {}
+        else:
+            folder = find_folder(args.model)
+            self.text, self.model, self.settings = Text(folder), pack(load_model(folder, device, dtype)), suggested_settings(folder)
+            self.name, self.stop = folder.resolve().name, self.text.stop
+        given = dict(skip_layers=args.skip_layers, draft_length=args.draft_length,
+                     exit_threshold=args.draft_exit_threshold, opt_interval=args.opt_interval)
+        self.settings = dict(skip_layers=None, draft_length=4, exit_threshold=0.0, opt_interval=16) | self.settings
+        self.settings |= {name: value for name, value in given.items() if value is not None}
+        self.layers = len(self.model.layers)
+        if self.settings["skip_layers"] is None:
+            self.settings["skip_layers"] = self.layers // 2
+        self.chat = self.text and (self.text.config.get("chat_template") or (self.text.folder / "chat_template.jinja").exists())
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} {device.type} threads"
+        self.where = f"{machine}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
+
+    def encode(self, turns: list[str]) -> list[int]:
+        if self.text is None:                                  # no tokenizer: a word is a token
+            return [zlib.crc32(word.encode()) % self.model.config.vocab_size for word in " ".join(turns).split()]
+        return (self.text.tokenizer.encode(self.text.render(turns), add_special_tokens=False).ids if self.chat
+                else self.text.encode(" ".join(turns), chat=False))
+
+    def decode(self, tokens: list[int]) -> str:
+        return self.text.tokenizer.decode(tokens) if self.text else " ".join(map(str, tokens))
+
+    def run(self, method, prompt: list[int], count: int, temperature=0.0, seed=0, **settings) -> tuple[Stats, float]:
+        """Decode; returns the statistics and the seconds that passed outside, prefill apart."""
+        stats, now = Stats(), clock(self.model)
+        start = now()
+        for _ in method(self, prompt, count, stats, temperature=temperature, seed=seed, stop=self.stop, **settings):
+            pass
+        return stats, now() - start - stats.prefill_seconds
+
+
+# ---------------------------------------------------------------------------- methods: what to skip, what to draft
+
+# Each is called as method(target, prompt, count, stats, temperature=, seed=, stop=) and yields tokens.
+
+def plain(target, prompt, count, stats, **common):
+    return autoregressive(target.model, prompt, count, stats=stats, **common)
+
+
+def same_width(target, prompt, count, stats, **common):
+    """What greedy CLaSp must equal, to the last bit."""
+    return plain(target, prompt, count, stats, rows=target.settings["draft_length"] + 1, **common)
+
+
+def paper(target, prompt, count, stats, **common):
+    return clasp(target.model, prompt, count, stats=stats, **target.settings | common)
+
+
+def choice(skip):
+    """As ``optimize`` returns it, but the same set whatever the budget."""
+    return SimpleNamespace(skip_sets=defaultdict(lambda: frozenset(skip)))
+
+
+def fixed(skip):
+    """One set of layers for everything."""
+    return lambda *args, **common: paper(*args, optimizer=lambda *_: choice(skip), **common | {"opt_interval": 10**9})
+
+
+def evenly(layers: int, budget: int) -> frozenset[int]:
+    return frozenset(int((i + 0.5) * layers / budget) for i in range(budget))
+
+
+class Search:
+    """Sets of ``budget`` layers, tried at random first, then by optuna's Bayesian sampler (TPE). ``best`` so far."""
+
+    def __init__(self, layers: int, budget: int, seed: int, startup: int):
+        import optuna
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self.layers, self.budget = layers, budget
+        self.study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(
+            n_startup_trials=startup, multivariate=True, seed=seed))
+        self.best, self.score, self.scores = frozenset(random.Random(seed).sample(range(layers), budget)), -1.0, []
+
+    def step(self, score):
+        """Try one more set; ``score(skip)`` is to be maximised. A set is the layers of the highest values."""
+        trial = self.study.ask()
+        values = [trial.suggest_float(f"layer {i}", 0, 1) for i in range(self.layers)]
+        skip = frozenset(sorted(range(self.layers), key=values.__getitem__)[self.layers - self.budget:])
+        self.scores.append(score(skip))
+        self.study.tell(trial, self.scores[-1])
+        if self.scores[-1] > self.score:
+            self.best, self.score = skip, self.scores[-1]
+
+
+@torch.inference_mode()
+def agreement(model: Llama, tokens: torch.Tensor, last: int, skip) -> float:
+    """Share of the last tokens of each text (batch, length) that the model without ``skip`` predicts."""
+    predicted = model.logits(model(tokens[:, :-1], skip=skip)[-1][:, -last:]).argmax(-1)
+    return (predicted == tokens[:, -last:]).float().mean().item()
+
+
+def self_sd(target: Target, seed: int, trials: int = 240) -> Search:
+    """Self-SD (Zhang et al. 2024): one set for all, found beforehand on held-out text, here the model's own.
+
+    There attention and MLP blocks are searched for the time they save; here, for the comparison at the same M,
+    whole layers for the greedy tokens they get right.
+    """
+    prompts = [target.encode([text]) for text in HELD_OUT]
+    length = max(map(len, prompts)) + 64
+    texts = [[*p, *autoregressive(target.model, p, length - len(p))] for p in prompts]
+    tokens, search = torch.tensor(texts, device=target.model.embed.weight.device), Search(
+        target.layers, target.settings["skip_layers"], seed, trials // 3)
+    for _ in tqdm(range(trials), desc="Self-SD searches", leave=False, disable=None):
+        search.step(lambda skip: agreement(target.model, tokens, 64, skip))
+    return search
+
+
+class Swift:
+    """SWIFT (Xia et al. 2025): the set is searched for while decoding, on the text so far, then frozen.
+
+    One set is tried in each of the first ``steps`` cycles, on the last 64 tokens; the search goes on from text to text.
+    """
+
+    def __init__(self, target: Target, seed: int, steps: int = 200):
+        self.search, self.left = Search(target.layers, target.settings["skip_layers"], seed, steps // 3), steps
+
+    def __call__(self, target, prompt, count, stats, **common):
+        def optimizer(model, *_):
+            text = [*prompt, *stats.tokens][-64:]
+            if self.left and stats.new_tokens >= 16:
+                self.left -= 1
+                tokens = torch.tensor([text], device=model.embed.weight.device)
+                self.search.step(lambda skip: agreement(model, tokens, min(32, len(text) - 2), skip))
+            return choice(self.search.best)
+
+        return paper(target, prompt, count, stats, optimizer=optimizer, **common | {"opt_interval": 1 if self.left else 10**9})
+
+
+def prompt_lookup(target, prompt, count, stats, *, temperature, **common):
+    """Drafts what followed the last 3, 2 or 1 tokens where they stood before; nothing is skipped, nothing computed."""
+    def drafter(model, cache, token, skip, length, exit_threshold, choose, stop):
+        text, found = [*prompt, *stats.tokens], []
+        for n in (3, 2, 1):
+            ends = (i + n for i in range(len(text) - n - 1, -1, -1) if text[i:i + n] == text[-n:])
+            if (end := next(ends, None)) is not None:
+                found = text[end:end + length]
+                break
+        found = found[:next((i + 1 for i, t in enumerate(found) if t in stop), len(found))]
+        certain = F.one_hot(torch.tensor(found, dtype=torch.long, device=model.embed.weight.device), model.config.vocab_size)
+        return found, list(certain.float()) if temperature else [None] * len(found)
+
+    return fixed(())(target, prompt, count, stats, temperature=temperature, drafter=drafter, **common)
+
+
+def methods_of(target: Target, names: list[str], seed: int) -> dict:
+    layers, budget = target.layers, target.settings["skip_layers"]
+    make = {"autoregressive": lambda: plain, "clasp": lambda: paper, "swift": lambda: Swift(target, seed),
+            "self-sd": lambda: fixed(self_sd(target, seed).best), "even": lambda: fixed(evenly(layers, budget)),
+            "random": lambda: fixed(random.Random(seed).sample(range(layers), budget)), "prompt-lookup": lambda: prompt_lookup}
+    if unknown := set(names) - set(make):
+        raise SettingsError(f"unknown methods {', '.join(sorted(unknown))}: choose from {', '.join(make)}")
+    return {name: make[name]() for name in dict.fromkeys(["autoregressive", *names])}
+
+
+# ---------------------------------------------------------------------------- the table
+
+def read_questions(args) -> list[tuple[str, str, list[str]]]:
+    """(id, group, turns): Spec-Bench's file, or our own prompts; at most --limit of each group."""
+    questions = [(f"{group} {i}", group, [text]) for group, texts in PROMPTS.items() for i, text in enumerate(texts)]
+    if args.questions:
+        try:
+            lines = [json.loads(line) for line in Path(args.questions).read_text(encoding="utf-8").splitlines()]
+            questions = [(str(q["question_id"]), GROUP.get(q["category"], "chat"), list(q["turns"])) for q in lines]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SettingsError(f"{args.questions}: not Spec-Bench's question.jsonl ({error!r})") from None
+    seen = defaultdict(int)
+    for _, group, _ in questions:
+        seen[group] += 1
+    keep = {group: range(n) if args.limit is None else range(0, n, max(1, n // args.limit))[:args.limit] for group, n in seen.items()}
+    place = defaultdict(itertools.count)
+    return [q for q in questions if next(place[q[1]]) in keep[q[1]]]
+
+
+NUMBERS = ("new_tokens", "cycles", "drafted", "accepted", "optimizations", "prefill_seconds", "seconds", "draft_seconds",
+           "verify_seconds", "optimize_seconds")
+
+
+def measure(target: Target, args, questions, path: Path) -> list[dict]:
+    """Every question by every method, ``repeat`` times at each temperature; one JSON line each, appended to path."""
+    header = {"model": target.name, "where": target.where, "settings": target.settings, "seed": args.seed,
+              "max_new_tokens": args.max_new_tokens}
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if lines and lines[0] != header:
+        raise SettingsError(f"{path} holds another run ({lines[0]['model']}, {lines[0]['where']}): move it away or use another --out")
+    done = {tuple(line["key"]): line for line in lines[1:]}
+    methods = methods_of(target, args.methods, args.seed)
+    for line in lines:
+        if "swift" in line and "swift" in methods:                      # take its search up where it was
+            swift = methods["swift"]
+            swift.search.best, swift.search.score, swift.left = frozenset(line["swift"][0]), *line["swift"][1:]
+    too_long = 0
+    with open(path, "a") as file:
+        def write(line):
+            print(json.dumps(line), file=file, flush=True)
+            done[tuple(line["key"])] = line
+
+        if not lines:
+            print(json.dumps(header), file=file, flush=True)
+        else:
+            say(f"{path}: going on after {len(lines) - 1} results")
+        for method in methods.values():                                 # first passes are slow
+            target.run(method, target.encode([HELD_OUT[0]]), 16)
+        total = len(args.temperatures) * sum(len(turns) for _, _, turns in questions) * args.repeat * len(methods)
+        with tqdm(total=total, unit="run", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60) as progress:
+            for temperature, (name, group, turns) in itertools.product(args.temperatures, questions):
+                messages = []
+                for turn, text in enumerate(turns):
+                    messages.append(text)
+                    prompt = target.encode(messages)
+                    if len(prompt) + args.max_new_tokens > target.model.config.max_position_embeddings:
+                        too_long += 1
+                        progress.update((len(turns) - turn) * args.repeat * len(methods))
+                        break
+                    key = (name, turn, 0.0, 0, "reference")              # the whole model's greedy answer, untimed
+                    if key not in done:
+                        write({"key": key, "tokens": target.run(same_width, prompt, args.max_new_tokens)[0].tokens})
+                    answer = done[key]["tokens"]
+                    for repeat in range(args.repeat):
+                        for method in random.Random(f"{name} {turn} {repeat}").sample(list(methods), len(methods)):
+                            key = (name, turn, temperature, repeat, method)
+                            if key not in done:
+                                stats, wall = target.run(methods[method], prompt, args.max_new_tokens, temperature, args.seed + repeat)
+                                line = {"key": key, "group": group, "wall": wall} | {n: getattr(stats, n) for n in NUMBERS}
+                                if temperature == 0:
+                                    line["identical"] = stats.tokens == answer
+                                if method == "swift":
+                                    swift = methods["swift"]
+                                    line["swift"] = [sorted(swift.search.best), swift.search.score, swift.left]
+                                write(line)
+                            progress.update()
+                    messages.append(target.decode(answer))
+    if too_long:
+        say(f"{too_long} prompts with their answers do not fit the context of {target.model.config.max_position_embeddings}: left out")
+    return [line for line in done.values() if line["key"][-1] != "reference"]
+
+
+def sums(lines) -> SimpleNamespace:
+    """Totals of some runs, and what follows from them: tau, acceptance, the cost model's terms."""
+    s = SimpleNamespace(**{name: sum(line[name] for line in lines) for name in NUMBERS + ("wall",)})
+    s.tau, s.accepted_share = s.new_tokens / s.cycles, s.accepted / max(1, s.drafted)
+    s.verify = (s.verify_seconds or s.seconds) / s.cycles               # seconds of a pass
+    s.g, s.c = s.drafted / s.cycles, (s.draft_seconds / max(1, s.drafted)) / s.verify
+    s.bound = s.tau / (1 + s.g * s.c)
+    return s
+
+
+def speedups(lines, temperature, method, group=None) -> list[float]:
+    """One for each question: medians of its repetitions, method against plain decoding."""
+    pace = defaultdict(list)
+    for line in lines:
+        if line["key"][2] == temperature and line["key"][-1] in (method, "autoregressive") and group in (None, line.get("group")):
+            pace[tuple(line["key"][:2]), line["key"][-1]].append(line["seconds"] / line["new_tokens"])
+    return [statistics.median(pace[q, "autoregressive"]) / statistics.median(times)
+            for (q, name), times in pace.items() if name == method and (q, "autoregressive") in pace]
+
+
+def spread(values) -> str:
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return f"**{middle:.2f}x** ({low:.2f} to {high:.2f})"
+
+
+def table(target: Target, lines: list[dict], args) -> str:
+    """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; then where CLaSp's time goes."""
+    groups = list(dict.fromkeys(line["group"] for line in lines))
+    names = list(dict.fromkeys(["autoregressive", *args.methods]))
+    out = [f"# {target.name}\n\n{target.where}. Layers {target.layers}, CLaSp's settings {target.settings}. {args.max_new_tokens} new "
+           f"tokens at most; {len({tuple(line['key'][:2]) for line in lines})} prompts x {args.repeat}, interleaved; the median over "
+           "prompts of a prompt's ratio of medians, with quartiles. In a group: tau / speedup. Identical: greedy tokens equal to "
+           "plain decoding's in passes of CLaSp's width.\n"]
+    for temperature in args.temperatures:
+        out.append(f"## Temperature {temperature:g}\n\n| method | {' | '.join(groups)} | tau | accepted | tokens/s | speedup "
+                   f"| identical |\n|{'---|' * (len(groups) + 6)}")
+        for name in names:
+            mine = [line for line in lines if line["key"][2] == temperature and line["key"][-1] == name]
+            if not mine:
+                continue
+            cells = []
+            for group in groups:
+                part = [line for line in mine if line["group"] == group]
+                cells.append(f"{sums(part).tau:.2f} / {statistics.median(speedups(lines, temperature, name, group)):.2f}" if part else "")
+            total, rate = sums(mine), statistics.median(line["new_tokens"] / line["seconds"] for line in mine)
+            same = f"{sum(line['identical'] for line in mine)} of {len(mine)}" if temperature == 0 else "-"
+            accepted = f"{100 * total.accepted_share:.0f} %" if total.drafted else "-"
+            out.append(f"| {name} | {' | '.join(cells)} | {total.tau:.2f} | {accepted} | {rate:.1f} | "
+                       f"{spread(speedups(lines, temperature, name))} | {same} |")
+        mine = [line for line in lines if line["key"][2] == temperature and line["key"][-1] == "clasp"]
+        if mine:
+            s, step = sums(mine), sums([line for line in lines if line["key"][2] == temperature and line["key"][-1] == "autoregressive"])
+            measured = statistics.median(speedups(lines, temperature, "clasp"))
+            shares = ", ".join(f"{name} {seconds / s.wall:.1%}" for name, seconds in (
+                ("draft", s.draft_seconds), ("verify", s.verify_seconds), ("optimise", s.optimize_seconds), ("rest", s.wall - s.seconds)))
+            out.append(f"\nCLaSp's time: {shares}. A verify pass takes {s.verify / step.verify:.2f} plain steps; c = {s.c:.3f}, "
+                       f"g = {s.g:.2f}: bound tau / (1 + g c) = {s.bound:.2f}, measured {measured / s.bound:.2f} of it.\n")
+    return "\n".join(out) + "\n"
+
+
+# ---------------------------------------------------------------------------- the figures
+
+def save(folder: Path, name: str, target: Target, rows: list[dict], draw):
+    """rows as NAME.csv, and what ``draw(axes)`` makes of them as NAME.png."""
+    from matplotlib import pyplot
+    pyplot.switch_backend("Agg")                                        # needs no screen
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyplot.rcParams.update({"font.size": 14, "figure.figsize": (8.5, 5.2), "axes.grid": True, "grid.alpha": 0.3})
+    figure, axes = pyplot.subplots()
+    draw(axes)
+    figure.text(0.01, 0.01, f"{target.name}; {target.where}", fontsize=8)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(folder / f"{name}.png", dpi=110)
+    pyplot.close(figure)
+    say(f"  {folder / name}.png, .csv")
+
+
+def column(rows, name):
+    return [row[name] for row in rows]
+
+
+@torch.inference_mode()
+def persistence(target: Target, args, prompts):
+    """Fig. 3a: how alike the sets chosen at two tokens are, against the tokens between them (Jaccard similarity)."""
+    budget, alike = target.settings["skip_layers"], defaultdict(list)
+    for prompt in prompts[:4]:
+        text, sets = [*prompt, *target.run(plain, prompt, 96)[0].tokens], []
+        cache = KVCache(target.model, len(text))
+        prefill(target.model, cache, prompt)
+        for token in text[len(prompt):]:
+            sets.append(optimize(target.model, cache, prefill(target.model, cache, [token]), budget).skip_sets[budget])
+        for distance in range(1, 65):
+            alike[distance] += [len(a & b) / len(a | b) for a, b in zip(sets, sets[distance:]) if a | b]
+    generator = random.Random(0)
+    pairs = [[set(generator.sample(range(target.layers), budget)) for _ in range(2)] for _ in range(2000)]
+    chance = statistics.mean(len(a & b) / len(a | b) for a, b in pairs)
+    rows = [{"distance_tokens": d, "jaccard": statistics.mean(values), "jaccard_of_random_sets": chance} for d, values in alike.items()]
+
+    def draw(axes):
+        axes.plot(column(rows, "distance_tokens"), column(rows, "jaccard"), label="sets of the dynamic programme")
+        axes.axhline(chance, color="grey", linestyle="--", label="random sets")
+        axes.set(xlabel="distance (tokens)", ylabel="Jaccard similarity", ylim=(0, 1.02),
+                 title=f"Sets chosen at two tokens ({budget} of {target.layers} layers skipped)")
+        axes.legend()
+    save(args.figures, "3a_sparse_persistence", target, rows, draw)
+
+
+@torch.inference_mode()
+def markov(target: Target, args, prompts, size: int = 10):
+    """Fig. 3b: on a window of layers, all others run: cosine of the programme's set, the best of all sets, their mean."""
+    first, found = (target.layers - size) // 2, defaultdict(lambda: defaultdict(list))
+    for prompt in prompts[:6]:
+        cache = KVCache(target.model, len(prompt), 64)
+        hidden = prefill(target.model, cache, prompt)
+        layer, part = candidate_layer(target.model, cache, 64), hidden[first:first + size + 1]
+        by_dp = select_layers(lambda i, rows: layer(first + i, rows), part, size)
+        states, skipped = part[:1], torch.zeros(1, dtype=torch.long)
+        for i in range(size):                                   # every set: each layer runs on all, and is left out of all
+            states = torch.cat([*(layer(first + i, rows) for rows in states.split(64)), states])
+            skipped = torch.cat((skipped, skipped + 1))
+        cosines = F.cosine_similarity(states.float(), part[-1:].float()).cpu()
+        for m in range(size + 1):
+            every = cosines[skipped == m]
+            found[m]["dynamic programme"].append(by_dp.cosines[m])
+            found[m]["brute force"].append(every.max().item())
+            found[m]["random"].append(every.mean().item())
+    rows = [{"skipped": m} | {name: statistics.mean(values) for name, values in at.items()} for m, at in found.items()]
+
+    def draw(axes):
+        for name, style in (("brute force", "k--"), ("dynamic programme", "C0o-"), ("random", "C3s-")):
+            axes.plot(column(rows, "skipped"), column(rows, name), style, label=name)
+        axes.set(xlabel=f"layers skipped of {size} (layers {first} to {first + size - 1})", ylabel="cosine with the true state",
+                 title="One survivor a cell is nearly as good as trying all sets")
+        axes.legend()
+    save(args.figures, "3b_markov", target, rows, draw)
+
+
+@torch.inference_mode()
+def breakdown(target: Target, args, prompts):
+    """Fig. 3c: shares of the time, and one run of the programme, packed and cell by cell, in verify passes."""
+    runs = [target.run(paper, prompt, args.max_new_tokens) for prompt in prompts[:6] for _ in range(3)]
+    wall = sum(wall for _, wall in runs)
+    rows = [{"what": part, "value": sum(getattr(stats, f"{part}_seconds") for stats, _ in runs) / wall, "unit": "share of decoding"}
+            for part in ("draft", "verify", "optimize")]
+    rows.append({"what": "rest", "value": 1 - sum(column(rows, "value")), "unit": "share of decoding"})
+    model, budget, now = target.model, target.settings["skip_layers"], clock(target.model)
+    width, prompt = exact_rows(model, target.settings["draft_length"] + 1), prompts[0]
+    cache = KVCache(model, len(prompt) + 1, width)
+    hidden = prefill(model, cache, prompt)
+    n = cache.length
+
+    def verify():
+        full_pass(model, cache, [0], width)
+        cache.length = n
+    times = defaultdict(list)
+    for _ in range(9):
+        for name, work in (("verify pass", verify), ("programme, packed rows", lambda: optimize(model, cache, hidden, budget)),
+                           ("programme, cell by cell", lambda: optimize(model, cache, hidden, budget, select_layers_plain))):
+            start = now()
+            work()
+            times[name].append(now() - start)
+    unit = statistics.median(times["verify pass"])
+    rows += [{"what": name, "value": statistics.median(taken) / unit, "unit": "verify passes"} for name, taken in times.items()]
+
+    def draw(axes):
+        bars = axes.barh([f"{row['what']}\n({row['unit']})" for row in rows][::-1], column(rows, "value")[::-1], color=["C4"] * 3 + ["C0"] * 4)
+        axes.bar_label(bars, fmt="%.2f", padding=3)
+        axes.set(xlabel="share of decoding (blue); verify passes (purple)", title="Where the time goes", xscale="symlog")
+        axes.tick_params(axis="y", labelsize=9)
+    save(args.figures, "3c_time", target, rows, draw)
+
+
+def sweep(target: Target, args, prompts, name: str, setting: str, label: str, values) -> list[dict]:
+    """Speedup and tau for each value of one setting, all interleaved: greedy, 4 prompts x --repeat."""
+    lines, methods = [], {"autoregressive": (plain, {})} | {v: (paper, {setting: v}) for v in values}
+    jobs = list(itertools.product(range(min(4, len(prompts))), range(args.repeat)))
+    for i, repeat in tqdm(jobs, desc=setting, leave=False, disable=None):
+        for method in random.Random(f"{i} {repeat}").sample(list(methods), len(methods)):
+            stats, wall = target.run(methods[method][0], prompts[i], args.max_new_tokens, **methods[method][1])
+            lines.append({"key": (i, 0, 0, repeat, method), "wall": wall} | {n: getattr(stats, n) for n in NUMBERS})
+    rows = []
+    for value in values:
+        s = sums([line for line in lines if line["key"][-1] == value])
+        low, middle, high = statistics.quantiles(speedups(lines, 0, value), n=4)
+        rows.append({setting: value, "speedup": middle, "lower_quartile": low, "upper_quartile": high, "tau": s.tau,
+                     "accepted": s.accepted_share, "c": s.c, "g": s.g, "bound": s.bound, "optimize_share": s.optimize_seconds / s.seconds})
+
+    def draw(axes):
+        axes.plot(values, column(rows, "speedup"), "C0o-", label="speedup")
+        axes.fill_between(values, column(rows, "lower_quartile"), column(rows, "upper_quartile"), alpha=0.2)
+        axes.axhline(1, color="grey", linewidth=1)
+        axes.set(xlabel=label, ylabel="speedup over plain decoding", title=f"Speedup and tau against the {label}")
+        if setting == "opt_interval":
+            axes.set_xscale("log", base=2)
+        other = axes.twinx()
+        other.plot(values, column(rows, "tau"), "C1s--", label="tau")
+        other.set_ylabel("tau (tokens per verify pass)")
+        axes.legend(handles=[axes.lines[0], *other.lines])
+    save(args.figures, name, target, rows, draw)
+    return rows
+
+
+def sweeps(target: Target, args, prompts):
+    """Figs. 4a to 4c, and for every setting of 4a the speedup measured beside the cost model's bound."""
+    layers, budget = target.layers, target.settings["skip_layers"]
+    some = sorted({round(layers * share / 10) for share in range(1, 10)} | {budget, layers - 2, layers - 1} - {0, layers})
+    by_m = sweep(target, args, prompts, "4a_skipped_layers", "skip_layers", "number of skipped layers M", some)
+    sweep(target, args, prompts, "4b_interval", "opt_interval", "optimisation interval (cycles)", [2 ** i for i in range(8)])
+    sweep(target, args, prompts, "4c_exit_threshold", "exit_threshold", "draft-exit threshold", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
+
+    def draw(axes):
+        axes.plot(column(by_m, "bound"), column(by_m, "speedup"), "o")
+        for row in by_m:
+            axes.annotate(f"M {row['skip_layers']}", (row["bound"], row["speedup"]), fontsize=10)
+        ends = [min(column(by_m, "speedup")) * 0.95, max(column(by_m, "bound")) * 1.05]
+        axes.plot(ends, ends, "k--", label="bound")
+        axes.plot(ends, [0.9 * e for e in ends], "k:", label="0.9 of it")
+        axes.set(xlabel="bound, tau / (1 + g c)", ylabel="speedup measured", title="Measured speedup and the cost model's bound")
+        axes.legend()
+    save(args.figures, "bound", target, by_m, draw)
+
+
+def heat_map(target: Target, args, prompts):
+    """Which layers are skipped as one text unfolds."""
+    stats, _ = target.run(paper, prompts[0], max(args.max_new_tokens, 200), opt_interval=4)
+    rows = [{"new_token": at} | {f"layer_{i}": int(i in skip) for i in range(target.layers)} for at, skip in stats.skip_sets]
+
+    def draw(axes):
+        edges = [*column(rows, "new_token"), stats.new_tokens]
+        axes.pcolormesh(edges, range(target.layers + 1), [[row[f"layer_{i}"] for row in rows] for i in range(target.layers)],
+                        cmap="Greys", vmin=0, vmax=1.6)
+        axes.set(xlabel="new tokens", ylabel="layer", title="Layers skipped (grey) as the text unfolds")
+        axes.grid(False)
+    save(args.figures, "skipped_layers", target, rows, draw)
+
+
+# ---------------------------------------------------------------------------- the command line
+
+def arguments(argv: list[str] | None):
+    parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--model", default=str(BUNDLED), metavar="PATH_OR_REPO")
+    parser.add_argument("--synthetic", choices=list(SHAPES), help="random weights of this shape instead of a model")
+    parser.add_argument("--residual", type=float, default=0.1, metavar="F",
+                        help="synthetic: scale of what the middle layers add; smaller: more is accepted; default: %(default)s")
+    parser.add_argument("--questions", metavar="FILE", help="Spec-Bench's question.jsonl; default: our own prompts")
+    parser.add_argument("--limit", type=int, metavar="N", help="questions of each group; default: all")
+    parser.add_argument("--methods", default="clasp,self-sd,swift,even,random,prompt-lookup", metavar="A,B,..", help="default: %(default)s")
+    parser.add_argument("--temperatures", default="0,1", metavar="T,..", help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of everything that is timed; default: %(default)s")
+    for name, kind in (("skip-layers", int), ("draft-length", int), ("draft-exit-threshold", float), ("opt-interval", int)):
+        parser.add_argument(f"--{name}", type=kind, help="default: what the model suggests, as in generate.py")
+    parser.add_argument("--device", metavar="cpu|cuda|cuda:N|mps")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="results, one a line; the table goes beside it as .md; "
+                        "default: %(default)s")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures into DIR instead of the table")
+    args = parser.parse_args(argv)
+    args.methods = args.methods.split(",")
+    try:
+        args.temperatures = [float(t) for t in args.temperatures.split(",")]
+    except ValueError:
+        raise SettingsError(f"--temperatures takes numbers with commas between, not {args.temperatures!r}") from None
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = arguments(argv)
+        questions, target = read_questions(args), Target(args)
+        say(f"{target.name}; {target.where}; {target.settings}")
+        if args.figures:
+            prompts = [target.encode(turns[:1]) for _, _, turns in questions]
+            random.Random(args.seed).shuffle(prompts)
+            for figure in (persistence, markov, breakdown, sweeps, heat_map):
+                figure(target, args, prompts)
+        else:
+            text = table(target, measure(target, args, questions, args.out), args)
+            args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+            print(text)
+        return 0
+    except (ModelError, SettingsError, ImportError) as error:
+        say("bench.py: " + " ".join(str(error).split()))
+        return 2
+    except KeyboardInterrupt:
+        say("\nbench.py: stopped; the same command goes on from here")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

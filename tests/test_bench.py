@@ -1,0 +1,116 @@
+"""bench.py: every method writes the whole model's text, searches search, a stopped run goes on, figures are drawn."""
+import json
+
+import pytest
+
+pytest.importorskip("optuna")
+pytest.importorskip("matplotlib")
+
+import bench  # noqa: E402
+from conftest import DEVICE  # noqa: E402
+from model import Config  # noqa: E402
+
+TINY = ["--device", DEVICE, "--limit", "1", "--repeat", "2", "--max-new-tokens", "16"]
+
+
+@pytest.fixture(scope="module")
+def target():
+    return bench.Target(bench.arguments(["--device", DEVICE, "--skip-layers", "14"]))
+
+
+def test_every_method_writes_the_whole_models_greedy_text(target):
+    names = ["clasp", "self-sd", "swift", "even", "random", "prompt-lookup"]
+    prompt = target.encode(["The old king said to the old king"])
+    expected = target.run(bench.same_width, prompt, 60)[0].tokens
+    for name, method in bench.methods_of(target, names, seed=0).items():
+        stats, wall = target.run(method, prompt, 60)
+        assert stats.tokens == expected or name == "autoregressive", name
+        assert 0 < stats.seconds <= wall < 1.02 * stats.seconds + 0.05, name
+        assert all(len(skipped) == 14 for _, skipped in stats.skip_sets) or name == "prompt-lookup", name
+        target.run(method, prompt, 30, temperature=1.0)
+
+
+def test_prompt_lookup_drafts_what_followed_before(target):
+    stats, _ = target.run(bench.prompt_lookup, [5, 6, 7, 8, 9] * 6, 40)
+    assert stats.drafted > 0 and stats.skip_sets[0][1] == frozenset()
+
+
+def better_than_at_random(search, startup):
+    """The Bayesian part finds better sets on average than the random start, and the best one is kept."""
+    start, later = search.scores[:startup], search.scores[startup:]
+    assert sum(later) / len(later) > sum(start) / len(start)
+    assert search.score == max(search.scores) >= max(start) and len(search.best) == search.budget
+
+
+def test_self_sd_search_improves_on_its_random_start(target):
+    better_than_at_random(bench.self_sd(target, seed=0, trials=150), 50)
+
+
+def test_swift_search_improves_on_its_random_start_and_stops(target):
+    swift = bench.Swift(target, seed=0, steps=120)
+    for seed, prompt in enumerate(bench.PROMPTS["tale"] * 3):
+        target.run(swift, target.encode([prompt]), 120, temperature=1.0, seed=seed)
+    assert swift.left == 0 and len(swift.search.scores) == 120
+    better_than_at_random(swift.search, 40)
+
+
+@pytest.mark.parametrize("layers, budget", [(20, 17), (30, 15), (8, 1), (5, 4)])
+def test_evenly_spaced_sets_have_their_size(layers, budget):
+    assert len(bench.evenly(layers, budget)) == budget and max(bench.evenly(layers, budget)) < layers
+
+
+def test_a_stopped_run_goes_on_and_gives_the_table(tmp_path, capsys):
+    out = tmp_path / "run.jsonl"
+    argv = [*TINY, "--methods", "clasp,even", "--temperatures", "0", "--out", str(out)]
+    assert bench.main(argv) == 0
+    table, lines = capsys.readouterr().out, out.read_text().splitlines()
+    assert "| clasp |" in table and (tmp_path / "run.md").read_text() + "\n" == table
+    assert len(lines) == 1 + 7 * (1 + 2 * 3)                      # a header; for 7 prompts a reference and 2 x 3 runs
+    assert bench.main(argv) == 0 and capsys.readouterr().out == table          # all there: nothing is run again
+    out.write_text("\n".join(lines[:20]) + "\n")
+    assert bench.main(argv) == 0
+    assert sorted(map(key, out.read_text().splitlines()[1:])) == sorted(map(key, lines[1:]))
+    capsys.readouterr()
+    assert bench.main([*argv, "--seed", "1"]) == 2 and "another run" in capsys.readouterr().err
+
+
+def key(line):
+    return str(json.loads(line)["key"])
+
+
+def test_spec_bench_questions_are_grouped_and_limited(tmp_path):
+    questions = [{"question_id": i, "category": c, "turns": ["one", "two"]} for i, c in enumerate(["writing", "math", "rag"] * 10)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    read = bench.read_questions(bench.arguments(["--questions", str(tmp_path / "q.jsonl"), "--limit", "4"]))
+    assert [group for _, group, _ in read].count("chat") == 4 and [group for _, group, _ in read].count("rag") == 4
+    assert read[0][2] == ["one", "two"]
+
+
+def test_a_synthetic_model_runs_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench.SHAPES, "llama3.2-1b", Config(500, 64, 96, 6, 4, 2, 16, 256, tie_word_embeddings=True))
+    argv = [*TINY, "--synthetic", "llama3.2-1b", "--methods", "clasp", "--out", str(tmp_path / "run.jsonl")]
+    assert bench.main([*argv, "--residual", "0.01"]) == 0
+    table = capsys.readouterr().out
+    assert "RANDOM WEIGHTS" in table.splitlines()[0]
+    target = bench.Target(bench.arguments([*argv, "--residual", "0"]))          # the middle layers add nothing
+    stats, _ = target.run(bench.paper, [1, 2, 3], 40, skip_layers=2)
+    assert stats.accepted == stats.drafted
+
+
+def test_all_figures_are_drawn_with_their_numbers(tmp_path):
+    assert bench.main([*TINY, "--max-new-tokens", "8", "--figures", str(tmp_path)]) == 0
+    names = {"3a_sparse_persistence", "3b_markov", "3c_time", "4a_skipped_layers", "4b_interval", "4c_exit_threshold", "bound",
+             "skipped_layers"}
+    assert {p.name for p in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "csv")}
+    assert all(len(p.read_text().splitlines()) > 1 for p in tmp_path.glob("*.csv"))
+
+
+@pytest.mark.parametrize("argv, word", [
+    (["--methods", "magic"], "unknown methods magic"), (["--temperatures", "hot"], "numbers"), (["--questions", "/no"], "question.jsonl"),
+    (["--model", "/no"], "no folder"), (["--synthetic", "gpt"], "invalid choice"), (["--skip-layers", "20"], "fewer than")])
+def test_mistakes_are_one_line(tmp_path, capsys, argv, word):
+    assert bench.main([*TINY, "--out", str(tmp_path / "x.jsonl"), *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and word in err.splitlines()[-1] and "Traceback" not in err
+
+
