@@ -29,7 +29,7 @@ from dp_skip import select_layers, select_layers_plain
 from generate import BUNDLED, Parser, Text, choose_device, say, suggested_settings
 from model import Config, KVCache, Llama, ModelError, find_folder, load_model
 from packed import pack
-from speculative import (SettingsError, Stats, autoregressive, candidate_layer, clasp, clock, exact_rows, full_pass,
+from speculative import (SettingsError, Stats, autoregressive, candidate_layer, clasp, clock, exact_width, full_pass,
                          optimize, prefill)
 
 # Written for this project; none is in the bundled model's training text.
@@ -121,7 +121,8 @@ class Target:
         if self.settings["skip_layers"] is None:
             self.settings["skip_layers"] = self.layers // 2
         self.chat = self.text and (self.text.config.get("chat_template") or (self.text.folder / "chat_template.jinja").exists())
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} {device.type} threads"
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else (
+            f"{torch.get_num_threads()} threads of a CPU with {torch.backends.cpu.get_cpu_capability()}")
         self.where = f"{machine}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
 
     def encode(self, turns: list[str]) -> list[int]:
@@ -152,7 +153,7 @@ def plain(target, prompt, count, stats, **common):
 
 def same_width(target, prompt, count, stats, **common):
     """What greedy CLaSp must equal, to the last bit."""
-    return plain(target, prompt, count, stats, rows=target.settings["draft_length"] + 1, **common)
+    return plain(target, prompt, count, stats, width=target.settings["draft_length"] + 1, **common)
 
 
 def paper(target, prompt, count, stats, **common):
@@ -227,6 +228,12 @@ class Swift:
     def __init__(self, target: Target, seed: int, steps: int = 200):
         self.search, self.left = Search(target.layers, target.settings["skip_layers"], seed, steps // 3), steps
 
+    def state(self):
+        return sorted(self.search.best), self.search.score, self.left
+
+    def restore(self, best, score, left):
+        self.search.best, self.search.score, self.left = frozenset(best), score, left
+
     def __call__(self, target, prompt, count, stats, **common):
         def optimizer(model, *_):
             text = [*prompt, *stats.tokens][-64:]
@@ -276,12 +283,10 @@ def read_questions(args) -> list[tuple[str, str, list[str]]]:
             questions = [(str(q["question_id"]), GROUP.get(q["category"], "chat"), list(q["turns"])) for q in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(f"{args.questions}: not Spec-Bench's question.jsonl ({error!r})") from None
-    seen = defaultdict(int)
-    for _, group, _ in questions:
-        seen[group] += 1
-    keep = {group: range(n) if args.limit is None else range(0, n, max(1, n // args.limit))[:args.limit] for group, n in seen.items()}
-    place = defaultdict(itertools.count)
-    return [q for q in questions if next(place[q[1]]) in keep[q[1]]]
+    groups = defaultdict(list)
+    for question in questions:
+        groups[question[1]].append(question)
+    return [q for all in groups.values() for q in (all[::max(1, len(all) // args.limit)][:args.limit] if args.limit else all)]
 
 
 NUMBERS = ("new_tokens", "cycles", "drafted", "accepted", "optimizations", "prefill_seconds", "seconds", "draft_seconds",
@@ -299,8 +304,7 @@ def measure(target: Target, args, questions, path: Path) -> list[dict]:
     methods = methods_of(target, args.methods, args.seed)
     for line in lines:
         if "swift" in line and "swift" in methods:                      # take its search up where it was
-            swift = methods["swift"]
-            swift.search.best, swift.search.score, swift.left = frozenset(line["swift"][0]), *line["swift"][1:]
+            methods["swift"].restore(*line["swift"])
     too_long = 0
     with open(path, "a") as file:
         def write(line):
@@ -334,11 +338,9 @@ def measure(target: Target, args, questions, path: Path) -> list[dict]:
                             if key not in done:
                                 stats, wall = target.run(methods[method], prompt, args.max_new_tokens, temperature, args.seed + repeat)
                                 line = {"key": key, "group": group, "wall": wall} | {n: getattr(stats, n) for n in NUMBERS}
-                                if temperature == 0:
-                                    line["identical"] = stats.tokens == answer
+                                line["identical"] = stats.tokens == answer
                                 if method == "swift":
-                                    swift = methods["swift"]
-                                    line["swift"] = [sorted(swift.search.best), swift.search.score, swift.left]
+                                    line["swift"] = methods["swift"].state()
                                 write(line)
                             progress.update()
                     messages.append(target.decode(answer))
@@ -367,43 +369,47 @@ def speedups(lines, temperature, method, group=None) -> list[float]:
             for (q, name), times in pace.items() if name == method and (q, "autoregressive") in pace]
 
 
-def spread(values) -> str:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
-    return f"**{middle:.2f}x** ({low:.2f} to {high:.2f})"
+def write_csv(path: Path, rows: list[dict]):
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def table(target: Target, lines: list[dict], args) -> str:
-    """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; then where CLaSp's time goes."""
-    groups = list(dict.fromkeys(line["group"] for line in lines))
-    names = list(dict.fromkeys(["autoregressive", *args.methods]))
-    out = [f"# {target.name}\n\n{target.where}. Layers {target.layers}, CLaSp's settings {target.settings}. {args.max_new_tokens} new "
-           f"tokens at most; {len({tuple(line['key'][:2]) for line in lines})} prompts x {args.repeat}, interleaved; the median over "
-           "prompts of a prompt's ratio of medians, with quartiles. In a group: tau / speedup. Identical: greedy tokens equal to "
-           "plain decoding's in passes of CLaSp's width.\n"]
+    """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; then where CLaSp's time goes.
+
+    Beside it, as CSV, a row for each method and group.
+    """
+    groups, rows = list(dict.fromkeys(line["group"] for line in lines)), []
+    out = [f"# {target.name}\n\n{target.where}. {target.layers} layers, CLaSp's settings {target.settings}. {args.max_new_tokens} new "
+           f"tokens at most; {len({tuple(line['key'][:2]) for line in lines})} prompts x {args.repeat}, interleaved. A prompt's speedup is "
+           "the ratio of medians, a group's the median over prompts, with quartiles over all. In a group: tau / speedup. Identical: "
+           "greedy tokens equal to plain decoding's in passes of CLaSp's width."]
     for temperature in args.temperatures:
-        out.append(f"## Temperature {temperature:g}\n\n| method | {' | '.join(groups)} | tau | accepted | tokens/s | speedup "
+        out.append(f"\n## Temperature {temperature:g}\n\n| method | {' | '.join(groups)} | tau | accepted | tokens/s | speedup "
                    f"| identical |\n|{'---|' * (len(groups) + 6)}")
-        for name in names:
-            mine = [line for line in lines if line["key"][2] == temperature and line["key"][-1] == name]
-            if not mine:
-                continue
+        for name in dict.fromkeys(["autoregressive", *args.methods]):
             cells = []
-            for group in groups:
-                part = [line for line in mine if line["group"] == group]
-                cells.append(f"{sums(part).tau:.2f} / {statistics.median(speedups(lines, temperature, name, group)):.2f}" if part else "")
-            total, rate = sums(mine), statistics.median(line["new_tokens"] / line["seconds"] for line in mine)
-            same = f"{sum(line['identical'] for line in mine)} of {len(mine)}" if temperature == 0 else "-"
-            accepted = f"{100 * total.accepted_share:.0f} %" if total.drafted else "-"
-            out.append(f"| {name} | {' | '.join(cells)} | {total.tau:.2f} | {accepted} | {rate:.1f} | "
-                       f"{spread(speedups(lines, temperature, name))} | {same} |")
-        mine = [line for line in lines if line["key"][2] == temperature and line["key"][-1] == "clasp"]
-        if mine:
-            s, step = sums(mine), sums([line for line in lines if line["key"][2] == temperature and line["key"][-1] == "autoregressive"])
-            measured = statistics.median(speedups(lines, temperature, "clasp"))
-            shares = ", ".join(f"{name} {seconds / s.wall:.1%}" for name, seconds in (
-                ("draft", s.draft_seconds), ("verify", s.verify_seconds), ("optimise", s.optimize_seconds), ("rest", s.wall - s.seconds)))
-            out.append(f"\nCLaSp's time: {shares}. A verify pass takes {s.verify / step.verify:.2f} plain steps; c = {s.c:.3f}, "
-                       f"g = {s.g:.2f}: bound tau / (1 + g c) = {s.bound:.2f}, measured {measured / s.bound:.2f} of it.\n")
+            for group in [*groups, None]:
+                mine = [line for line in lines if line["key"][2] == temperature and line["key"][-1] == name and group in (None, line["group"])]
+                s, ratios = sums(mine), speedups(lines, temperature, name, group)
+                low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+                rows.append({"temperature": temperature, "method": name, "group": group or "overall", "tau": s.tau, "accepted": s.accepted_share,
+                             "tokens_per_second": statistics.median(line["new_tokens"] / line["seconds"] for line in mine), "speedup": middle,
+                             "lower_quartile": low, "upper_quartile": high, "runs": len(mine), "identical": sum(line["identical"] for line in mine)})
+                cells.append(f"{s.tau:.2f} / {middle:.2f}")
+            r = rows[-1]
+            cells[-1] = (f"{r['tau']:.2f} | {100 * r['accepted']:.0f} % | {r['tokens_per_second']:.1f} | **{middle:.2f}x** ({low:.2f} to {high:.2f})"
+                         f" | {str(r['identical']) + ' of ' + str(r['runs']) if temperature == 0 else '-'}")
+            out.append(f"| {name} | {' | '.join(cells)} |")
+            if name == "clasp":
+                took = ", ".join(f"{part} {getattr(s, part + '_seconds') / s.wall:.1%}" for part in ("draft", "verify", "optimize"))
+                step = sums([line for line in lines if line["key"][2] == temperature and line["key"][-1] == "autoregressive"])
+                time = (f"\nCLaSp's time: {took}, rest {1 - s.seconds / s.wall:.1%}. A verify pass takes {s.verify / step.verify:.2f} plain "
+                        f"steps; c = {s.c:.3f}, g = {s.g:.2f}: bound tau / (1 + g c) = {s.bound:.2f}, measured {middle / s.bound:.2f} of it.")
+        out += [time] if "clasp" in args.methods else []
+    write_csv(args.out.with_suffix(".csv"), rows)
     return "\n".join(out) + "\n"
 
 
@@ -414,10 +420,7 @@ def save(folder: Path, name: str, target: Target, rows: list[dict], draw):
     from matplotlib import pyplot
     pyplot.switch_backend("Agg")                                        # needs no screen
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f"{name}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / f"{name}.csv", rows)
     pyplot.rcParams.update({"font.size": 14, "figure.figsize": (8.5, 5.2), "axes.grid": True, "grid.alpha": 0.3})
     figure, axes = pyplot.subplots()
     draw(axes)
@@ -435,7 +438,7 @@ def column(rows, name):
 @torch.inference_mode()
 def persistence(target: Target, args, prompts):
     """Fig. 3a: how alike the sets chosen at two tokens are, against the tokens between them (Jaccard similarity)."""
-    budget, alike = target.settings["skip_layers"], defaultdict(list)
+    budget, alike = target.layers * 44 // 80, defaultdict(list)          # the paper's M
     for prompt in prompts[:4]:
         text, sets = [*prompt, *target.run(plain, prompt, 96)[0].tokens], []
         cache = KVCache(target.model, len(text))
@@ -497,7 +500,7 @@ def breakdown(target: Target, args, prompts):
             for part in ("draft", "verify", "optimize")]
     rows.append({"what": "rest", "value": 1 - sum(column(rows, "value")), "unit": "share of decoding"})
     model, budget, now = target.model, target.settings["skip_layers"], clock(target.model)
-    width, prompt = exact_rows(model, target.settings["draft_length"] + 1), prompts[0]
+    width, prompt = exact_width(model, target.settings["draft_length"] + 1), prompts[0]
     cache = KVCache(model, len(prompt) + 1, width)
     hidden = prefill(model, cache, prompt)
     n = cache.length
@@ -575,14 +578,15 @@ def sweeps(target: Target, args, prompts):
 
 def heat_map(target: Target, args, prompts):
     """Which layers are skipped as one text unfolds."""
-    stats, _ = target.run(paper, prompts[0], max(args.max_new_tokens, 200), opt_interval=4)
+    budget = target.layers * 44 // 80
+    stats, _ = target.run(paper, prompts[0], max(args.max_new_tokens, 200), opt_interval=4, skip_layers=budget)
     rows = [{"new_token": at} | {f"layer_{i}": int(i in skip) for i in range(target.layers)} for at, skip in stats.skip_sets]
 
     def draw(axes):
         edges = [*column(rows, "new_token"), stats.new_tokens]
         axes.pcolormesh(edges, range(target.layers + 1), [[row[f"layer_{i}"] for row in rows] for i in range(target.layers)],
                         cmap="Greys", vmin=0, vmax=1.6)
-        axes.set(xlabel="new tokens", ylabel="layer", title="Layers skipped (grey) as the text unfolds")
+        axes.set(xlabel="new tokens", ylabel="layer", title=f"The {budget} layers skipped (grey) as a text unfolds")
         axes.grid(False)
     save(args.figures, "skipped_layers", target, rows, draw)
 

@@ -99,7 +99,8 @@ def distances(rows: Tensor, target: Tensor) -> Tensor:
     As |u - v|^2 / 2 of the unit vectors. A few huge entries can bring every cosine within 1e-7 of 1 (a text's
     first token is like that), where float32 has no digits left for a cosine, but for its distance from 1.
     """
-    return (F.normalize(rows.float(), dim=-1) - F.normalize(target.float(), dim=-1)).square().sum(-1) / 2
+    apart = F.normalize(rows.float(), dim=-1) - F.normalize(target.float(), dim=-1)
+    return (apart.square().sum(-1) / 2).nan_to_num(nan=torch.inf)    # a candidate that overflowed is chosen last
 
 
 def layer_count(states: Tensor, budget: int) -> int:

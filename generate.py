@@ -83,13 +83,16 @@ class Text:
             raise ModelError(f"{folder / 'tokenizer.json'}: missing or unreadable ({error})") from None
         self.folder, self.config = folder, read_json(folder / "tokenizer_config.json")
         named = {name: self.config.get(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
-        self.special = {name: token.get("content") if isinstance(token, dict) else token
+        self.special = {name: str(token.get("content") if isinstance(token, dict) else token)
                         for name, token in named.items() if token}
         self.stop = set()
         for file in ("generation_config.json", "config.json"):     # the first that names any: an id or a list
             ids = read_json(folder / file).get("eos_token_id")
             if ids is not None:
-                self.stop = {ids} if isinstance(ids, int) else set(ids)
+                ids = ids if isinstance(ids, list) else [ids]
+                if not all(isinstance(i, int) for i in ids):
+                    raise ModelError(f"{folder / file}: eos_token_id is neither a token id nor a list of them")
+                self.stop = set(ids)
                 break
 
     def encode(self, prompt: str, chat: bool) -> list[int]:
@@ -182,8 +185,8 @@ def suggested_settings(folder: Path) -> dict:
     settings = {"skip_layers": None, "draft_length": DRAFT_LENGTH, "exit_threshold": EXIT_THRESHOLD, "opt_interval": OPT_INTERVAL}
     suggested = read_json(folder / "generation_config.json").get("clasp", {})
     if not (isinstance(suggested, dict) and suggested.keys() <= settings.keys()
-            and all(isinstance(value, int | float) for value in suggested.values())):
-        raise ModelError(f"{folder / 'generation_config.json'}: clasp may give {', '.join(settings)} a number, nothing else")
+            and all(isinstance(value, int | float if name == "exit_threshold" else int) for name, value in suggested.items())):
+        raise ModelError(f"{folder / 'generation_config.json'}: clasp may give {', '.join(settings)} a (whole) number, nothing else")
     return settings | suggested
 
 
@@ -199,7 +202,7 @@ def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., I
     settings["exact"] = args.exact
 
     def decode(method: str, prompt: list[int], max_new_tokens: int, stats: Stats, cache=None) -> Iterator[int]:
-        more = {"clasp": settings, "autoregressive": {}, "same width": {"rows": settings["draft_length"] + 1}}[method]
+        more = {"clasp": settings, "autoregressive": {}, "same width": {"width": settings["draft_length"] + 1}}[method]
         run = clasp if method == "clasp" else autoregressive
         return run(model, prompt, max_new_tokens, stats=stats, cache=cache, **common, **more)
     return decode
@@ -244,7 +247,7 @@ def compare(args, model: Llama, decode: Callable[..., Iterator[int]], prompt: li
     """Decode plainly, one row a pass, and report it beside ``stats``; returns what --json says of it.
 
     Greedy tokens that differ are looked into: how close the choice was where they part, and whether they are
-    those of plain decoding in passes as wide as clasp's, as they must be.
+    those of plain decoding in passes as wide as clasp's, as they must be (with --exact).
     """
     plain, cache = Stats(), KVCache(model, len(prompt) + args.max_new_tokens)
     list(decode("autoregressive", prompt, args.max_new_tokens, plain, cache))
@@ -260,8 +263,8 @@ def compare(args, model: Llama, decode: Callable[..., Iterator[int]], prompt: li
             top = model.logits(model(last[None], cache)[-1]).flatten().float().topk(2).values
         same = list(decode("same width", prompt, args.max_new_tokens, Stats())) == stats.tokens
         difference = {"difference": {"new_token": at, "logit_gap": (top[0] - top[1]).item(), "identical_at_same_width": same}}
-        verdict = (f"no, from new token {at} on, where the two likeliest tokens' logits lay {top[0] - top[1]:.2g} apart "
-                   f"and rounding chose; identical to plain decoding in passes of the same width: {'yes' if same else 'no'}")
+        verdict = (f"no, from new token {at} on, where the two likeliest tokens' logits lay {top[0] - top[1]:.2g} apart; "
+                   f"identical to plain decoding in passes of the same width: {'yes, so rounding chose' if same else 'no'}")
     say(f"autoregressive: {plain.new_tokens} tokens in {plain.seconds:.2f} s, {plain.tokens_per_second:.1f} tokens/s")
     say(f"speedup {speedup:.2f}x; identical: {verdict}")
     return {"autoregressive": {"tokens": plain.tokens, "seconds": plain.seconds,

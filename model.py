@@ -317,9 +317,10 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> Llama:
     model = model.to_empty(device=device).requires_grad_(False).eval()
     wanted = named_weights(model)
     index = read_json(folder / "model.safetensors.index.json")
-    if index and not isinstance(index.get("weight_map"), dict):
-        raise ModelError(f"{folder / 'model.safetensors.index.json'}: no weight_map")
-    files = sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]
+    shards = index.get("weight_map") if index else {"": "model.safetensors"}
+    if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+        raise ModelError(f"{folder / 'model.safetensors.index.json'}: no weight_map from names to files")
+    files = sorted(set(shards.values()))
     for path in (folder / file for file in files):
         try:
             with safe_open(path, framework="pt") as tensors:

@@ -12,10 +12,7 @@ cache yet, so it stands at position n = cache.length.
 Read ``clasp`` first, then what it calls in that order. ``autoregressive`` is the plain decoding that it must
 agree with and is timed against. Both are generators: they yield token ids and keep ``Stats`` up to date.
 
-Exact to the last bit: kernels round differently for 1 row and for 5, so in bfloat16 "the same" greedy text
-parts at the first near tie. Here every verify pass has the same shape (``full_pass``): a row's bits depend on
-its token and those before it, not on how many of the rows beside it are drafted, accepted or padding.
-``autoregressive(rows=K + 1)`` computes in that shape too, and clasp equals it bit for bit.
+Exact to the last bit: every verify pass has one shape, see exact.py.
 """
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -26,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dp_skip import Layer, Selection, select_layers
-from model import BLOCK, KVCache, Llama, ModelError, rope_table
+from exact import as_row, exact_width, full_pass
+from model import BLOCK, KVCache, Llama
 
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly with it
 DRAFT_LENGTH = 4              # defaults by measurement, see README.md
@@ -85,26 +83,27 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     between optimisations (§3.7). exact: verify in passes of one shape, bit for bit what plain decoding in that
     shape computes; False saves the padding of short drafts, and greedy text may part where two tokens tie but
     for rounding. temperature 0 is greedy. Decoding ends after a token in ``stop``.
-    cache: may hold the prompt's first cache.length tokens; at every yield it holds all tokens so far but
-    the last, so a caller may stop anywhere and go on with it. optimizer, drafter: others in place of
-    ``optimize`` and ``draft``, called as they are; whatever they do, the output stays the whole model's.
+    cache: may hold the prompt's first cache.length tokens, and must have ``exact_width`` scratch rows. At every
+    yield it holds all tokens so far but the last, so a caller may stop anywhere and go on with it.
+    optimizer, drafter: others in place of ``optimize`` and ``draft``, called as they are. The output stays the
+    whole model's whatever they do, as long as a draft's distributions are those its tokens were drawn from.
     Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens
     do not fit the context or the cache; ModelError if the model computes something that is no number.
     """
     layers = len(model.layers)
     budget = layers // 2 if skip_layers is None else skip_layers
     require(0 <= budget < layers, f"the skipped layers must be fewer than the model's {layers}, and at least 0")
-    require(draft_length >= 1, "the draft length must be at least 1")
+    require(1 <= draft_length < BLOCK, f"the draft length must lie between 1 and {BLOCK - 1}")
     require(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
     require(opt_interval >= 1, "the optimisation interval must be at least 1")
-    require_possible(model, prompt, max_new_tokens, temperature, top_p, seed)
     stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
+    require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
     choose = partial(pick, temperature=temperature, top_p=top_p, rng=rng)
 
     start = now()
-    rows = exact_rows(model, draft_length + 1) if exact else 1
-    cache = cache or KVCache(model, len(prompt) + max_new_tokens, rows)
-    require_room(cache, prompt, max_new_tokens, rows)
+    width = exact_width(model, draft_length + 1) if exact else None
+    cache = cache or KVCache(model, len(prompt) + max_new_tokens, width or draft_length + 1)
+    require_room(cache, prompt, max_new_tokens, width or draft_length + 1)
     hidden = prefill(model, cache, prompt[cache.length:-1])
     stats.prefill_seconds = now() - start
     pending, skip = prompt[-1], None
@@ -117,16 +116,16 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         optimized = now()
         drafted, q = [], []
         if skip is not None:       # else the prompt was one token: no state yet to choose layers from
-            room = min(max_new_tokens - stats.new_tokens - 1,         # the verifier adds one of its own
-                       BLOCK - 1 - cache.length % BLOCK)              # and its rows lie in one block
-            drafted, q = (drafter or draft)(model, cache, pending, skip, min(draft_length, room), exit_threshold, choose, stop)
+            length = min(draft_length, max_new_tokens - stats.new_tokens - 1)   # the verifier adds one of its own
+            if exact:
+                length = min(length, BLOCK - 1 - cache.length % BLOCK)          # and its rows lie in one block
+            drafted, q = (drafter or draft)(model, cache, pending, skip, length, exit_threshold, choose, stop)
         was_drafted, n = now(), cache.length
-        states, logits = full_pass(model, cache, [pending, *drafted], rows)
+        states, logits = full_pass(model, cache, [pending, *drafted], width)
         if temperature == 0:
             accepted, own = accept_greedy(drafted, logits)
         else:
             accepted, own = accept_sampled(drafted, q, distribution(logits, temperature, top_p), rng)
-        cache.length = n + accepted + 1                               # the roll-back
         stats.cycles += 1
         due = skip is None or stats.cycles % opt_interval == 0
         hidden = torch.stack([state[0, accepted] for state in states]) if due else None    # (L+1, dim)
@@ -140,7 +139,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         for i, token in enumerate([*drafted[:accepted], own]):
             stats.tokens.append(token)
             stats.from_draft.append(i < accepted)
-            cache.length = n + i + 1                                  # the caller may take no more
+            cache.length = n + i + 1      # the roll-back, token by token, since the caller may take no more
             yield token
             if token in stop:
                 return
@@ -148,25 +147,25 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
 
 
 @torch.inference_mode()
-def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, rows: int = 1, temperature: float = 0.0,
-                   top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
+def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, width: int | None = None,
+                   temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
                    stats: Stats | None = None, cache: KVCache | None = None) -> Iterator[int]:
     """Plain decoding, one token per pass of the whole model. Arguments as for ``clasp``.
 
-    rows: 1 is fastest; K + 1 computes as clasp's verify passes do, the rest of the rows being padding.
+    width: None, one row a pass, is fastest; K + 1 computes as clasp's verify passes do, the other rows being padding.
     """
-    require_possible(model, prompt, max_new_tokens, temperature, top_p, seed)
     stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
+    require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
     start = now()
-    rows = exact_rows(model, rows)
-    cache = cache or KVCache(model, len(prompt) + max_new_tokens, rows)
-    require_room(cache, prompt, max_new_tokens, rows)
+    width = width and exact_width(model, width)
+    cache = cache or KVCache(model, len(prompt) + max_new_tokens, width or 1)
+    require_room(cache, prompt, max_new_tokens, width or 1)
     prefill(model, cache, prompt[cache.length:-1])
     stats.prefill_seconds = now() - start
     token = prompt[-1]
     while stats.new_tokens < max_new_tokens:
         start = now()
-        _, logits = full_pass(model, cache, [token], rows)
+        _, logits = full_pass(model, cache, [token], width)
         token, _ = pick(logits[0], temperature, top_p, rng)
         stats.seconds += now() - start
         stats.cycles += 1
@@ -185,53 +184,17 @@ def prefill(model: Llama, cache: KVCache, tokens: list[int]) -> Tensor | None:
     return torch.stack([state[0, -1] for state in states]) if states else None
 
 
-def full_pass(model: Llama, cache: KVCache, tokens: list[int], rows: int) -> tuple[list[Tensor], Tensor]:
-    """The whole model on tokens, always in ``rows`` rows: their hidden states and logits (tokens, vocabulary).
-
-    The rows left over are padding, and all rows look over whole blocks of the cache, up to the first token's
-    own, so that no shape depends on how many tokens there are. With ``rows`` 1 there is neither: what is fastest.
-    Raises ModelError for logits that are no numbers.
-    """
-    n, padding = cache.length, [0] * (rows - len(tokens))
-    states = model(as_row(model, tokens + padding), cache, slots=None if rows == 1 else (n // BLOCK + 1) * BLOCK)
-    logits = model.logits(states[-1])[0, :len(tokens)]
-    cache.length = n + len(tokens)
-    if not logits.max().isfinite():                                   # NaN counts as the maximum
-        raise ModelError(f"the model computes numbers that are none: its weights are damaged, or {logits.dtype} "
-                         "overflows (then try --dtype float32)")
-    return states, logits
-
-
-def exact_rows(model: Llama, rows: int) -> int:
-    """The fewest rows, from ``rows`` on, at which a row's bits do not depend on its place among them.
-
-    A kernel may take the last rows differently from the first (MKL's for AVX2 take 7 as 6 + 1). So the machine
-    is asked: one layer and the head, on the same row in every place, must give the same in every place. More
-    often in 16 bits, which round most differences away.
-    """
-    c, weight, random = model.config, model.embed.weight, torch.Generator().manual_seed(0)
-    cos, sin = rope_table(c, 1, weight.device, weight.dtype)
-    trials = 3 if weight.dtype == torch.float32 else 12
-
-    def same_everywhere(width: int, slots: int) -> bool:
-        row = torch.randn(c.hidden_size, generator=random).to(weight).repeat(1, width, 1)
-        seen = torch.randn(2, 1, c.num_key_value_heads, slots, c.head_dim, generator=random).to(weight)
-        out = model.logits(model.layers[0](row, cos, sin, weight.new_zeros(width, slots), lambda k, v: seen))
-        return torch.equal(out, out[:, :1].expand_as(out))
-
-    for width in range(rows, rows + 8):
-        if width == 1 or all(same_everywhere(width, (1 + i % 3) * BLOCK) for i in range(trials)):
-            return width
-    return rows                                    # nothing helps on this machine: --compare tells what comes of it
-
-
 def optimize(model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=select_layers) -> Selection:
     """Choose the layers to skip by the DP over the last token in the cache, whose states are ``hidden``.
 
     hidden (L+1, dim). ``select`` is either reading of Algorithm 1 in dp_skip.py. The cache's valid part
-    is only read; it needs ``budget`` slots behind it.
+    is only read; the ``budget`` slots behind it are used, and left clean: masked as they are for the next pass,
+    a NaN there, from a candidate that overflowed, would be one in every sum it is multiplied by 0 into.
     """
-    return select(candidate_layer(model, cache, budget), hidden, budget)
+    selection, n = select(candidate_layer(model, cache, budget), hidden, budget), cache.length
+    for x in cache.keys + cache.values:
+        x[:, :, n:n + budget] = 0
+    return selection
 
 
 def candidate_layer(model: Llama, cache: KVCache, rows: int) -> Layer:
@@ -264,16 +227,18 @@ def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], lengt
     Dropping it for being unlikely would bias what is left, which was drawn from another distribution than q.
     """
     start, tokens, distributions = cache.length, [], []
-    while len(tokens) < length:
-        logits = model.logits(model(as_row(model, [token]), cache, skip)[-1])[0, 0]
-        if not logits.max().isfinite():                # fewer layers may overflow float16 where all do not
-            break
-        token, q = choose(logits)
-        tokens.append(token)
-        distributions.append(q)
-        if token in stop or (exit_threshold > 0 and logits.float().softmax(-1).max() < exit_threshold):
-            break
-    cache.length = start
+    try:
+        while len(tokens) < length:
+            logits = model.logits(model(as_row(model, [token]), cache, skip)[-1])[0, 0]
+            if not logits.max().isfinite():            # fewer layers may overflow float16 where all do not
+                break
+            token, q = choose(logits)
+            tokens.append(token)
+            distributions.append(q)
+            if token in stop or (exit_threshold > 0 and logits.float().softmax(-1).max() < exit_threshold):
+                break
+    finally:
+        cache.length = start
     return tokens, distributions
 
 
@@ -334,10 +299,6 @@ def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     return p
 
 
-def as_row(model: Llama, tokens: list[int]) -> Tensor:
-    return torch.tensor([tokens], device=model.embed.weight.device)
-
-
 def generator(model: Llama, seed: int) -> torch.Generator:
     return torch.Generator(model.embed.weight.device).manual_seed(seed)
 
@@ -360,19 +321,21 @@ def require(condition: bool, message: str):
         raise SettingsError(message)
 
 
-def require_possible(model: Llama, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, seed: int):
+def require_possible(model: Llama, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, seed: int,
+                     stats: Stats):
     context = model.config.max_position_embeddings
     require(len(prompt) >= 1, "the prompt is empty")
     require(max_new_tokens >= 1, "the number of new tokens must be at least 1")
     require(len(prompt) + max_new_tokens <= context,
           f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the model's context of {context}")
-    require(max(prompt) < model.config.vocab_size, f"token {max(prompt)} is outside the model's vocabulary")
+    require(0 <= min(prompt) and max(prompt) < model.config.vocab_size, "the prompt has tokens outside the model's vocabulary")
+    require(not stats.tokens, "these statistics are of another text: take new ones")
     require(temperature == 0 or temperature >= 1e-6, "the temperature must be 0 (greedy) or positive")
     require(0 <= seed < 2 ** 63, "the seed must lie between 0 and 2^63 - 1")
     require(0 < top_p <= 1, "top-p must lie above 0 and at most at 1")
 
 
-def require_room(cache: KVCache, prompt: list[int], max_new_tokens: int, rows: int):
+def require_room(cache: KVCache, prompt: list[int], max_new_tokens: int, width: int):
     require(cache.length < len(prompt), f"the cache holds {cache.length} tokens, and the prompt has only {len(prompt)}")
-    require(cache.tokens >= len(prompt) + max_new_tokens and cache.rows >= rows,
-            f"the cache has no room for {len(prompt)} + {max_new_tokens} tokens in passes of {rows}")
+    require(cache.tokens >= len(prompt) + max_new_tokens and cache.rows >= width,
+            f"the cache has no room for {len(prompt)} + {max_new_tokens} tokens in passes of {width} rows")

@@ -47,6 +47,13 @@ def test_fast_and_plain_agree(layers, budget):
         same(select_layers(layer, hidden, budget), select_layers_plain(layer, hidden, budget))
 
 
+@pytest.mark.parametrize("algorithm", [select_layers, select_layers_plain])
+def test_a_candidate_that_overflows_is_chosen_last(algorithm):
+    layer, hidden = toy(6)
+    skip_sets, cosines = algorithm(lambda i, rows: layer(i, rows) * (torch.nan if i == 3 else 1), hidden, 4)
+    assert [len(skipped) for skipped in skip_sets] == [0, 1, 2, 3, 4] and all(abs(c) <= 1.000001 for c in cosines)
+
+
 def test_each_budget_gets_a_set_of_its_size_and_the_cosine_is_what_that_set_gives():
     layer, hidden = toy(12)
     for budget, (skipped, cosine) in enumerate(zip(*select_layers(layer, hidden, 9))):

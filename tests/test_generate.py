@@ -12,6 +12,8 @@ import torch
 import generate
 from conftest import BUNDLED, REAL, ROOT
 from generate import Text, main
+from model import load_model
+from speculative import Stats, autoregressive
 
 SHORT = ["--max-new-tokens", "12", "--device", "cpu"]
 
@@ -49,10 +51,10 @@ def test_greedy_text_is_plain_decodings_in_every_precision(capsys, dtype):
 
 def test_a_difference_from_one_row_decoding_is_explained(capsys, monkeypatch):
     """As in 16 bits, where one row and K+1 rows round differently; here a token is changed by hand."""
-    def one_row_differs(*args, rows=1, **settings):
-        for i, token in enumerate(plain(*args, rows=rows, **settings)):
-            yield token + (rows == 1 and i == 5)
-            if rows == 1 and i == 5:
+    def one_row_differs(*args, width=None, **settings):
+        for i, token in enumerate(plain(*args, width=width, **settings)):
+            yield token + (width is None and i == 5)
+            if width is None and i == 5:
                 settings["stats"].tokens[5] += 1
 
     plain = generate.autoregressive
@@ -61,7 +63,35 @@ def test_a_difference_from_one_row_decoding_is_explained(capsys, monkeypatch):
     assert not out["identical"] and out["difference"]["new_token"] == 5 and out["difference"]["identical_at_same_width"]
     assert out["difference"]["logit_gap"] >= 0
     assert main([*SHORT, "--compare", "--temperature", "0"]) == 0
-    assert "no, from new token 5 on" in (err := capsys.readouterr().err) and err.endswith("same width: yes\n")
+    assert "no, from new token 5 on" in (err := capsys.readouterr().err) and err.endswith("same width: yes, so rounding chose\n")
+
+    def always_wrong(*args, stats, **settings):
+        for token in plain(*args, stats=stats, **settings):
+            stats.tokens[-1] += 1
+            yield token + 1
+
+    monkeypatch.setattr(generate, "autoregressive", always_wrong)
+    assert answer(capsys, "--compare", "--temperature", "0")["difference"]["identical_at_same_width"] is False
+
+
+def test_the_gap_is_that_of_the_two_likeliest_tokens_where_the_texts_part(capsys, monkeypatch):
+    prompt, model = Text(BUNDLED).encode("The king", chat=False), load_model(BUNDLED)
+    monkeypatch.setattr(generate, "clasp", lambda *args, stats, **_: iter(stats.tokens))
+    stats, plain = Stats(), list(autoregressive(model, prompt, 8))
+    stats.tokens = [*plain[:6], plain[6] + 1, plain[7]]
+    args = generate.arguments(["--max-new-tokens", "8", "--temperature", "0"])
+    stats.seconds = 1.0
+    out = generate.compare(args, model, generate.decoder(args, BUNDLED, model, set()), prompt, stats)
+    top = model.logits(model(torch.tensor([[*prompt, *plain[:6]]]))[-1])[0, -1].topk(2).values
+    assert out["difference"]["new_token"] == 6
+    assert out["difference"]["logit_gap"] == pytest.approx((top[0] - top[1]).item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("flags, exact", [([], True), (["--exact"], True), (["--no-exact"], False)])
+def test_exactness_is_a_choice(capsys, monkeypatch, flags, exact):
+    seen = {}
+    monkeypatch.setattr(generate, "clasp", lambda *args, **settings: seen.update(settings) or iter(()))
+    assert main([*SHORT, *flags]) == 0 and seen["exact"] is exact
 
 
 def test_text_and_json_say_the_same(capsys):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 from model import KVCache, load_model
-from speculative import autoregressive, clasp, prefill, DRAFT_LENGTH
+from speculative import autoregressive, clasp, exact_width, prefill, DRAFT_LENGTH
 
 model = load_model(Path(sys.argv[2]))
 model.config = dataclasses.replace(model.config, max_position_embeddings=8192)
@@ -21,9 +21,9 @@ text = torch.randint(300, 4000, (8192,), generator=torch.Generator().manual_seed
 peak, new = {}, 16
 with torch.inference_mode():
     for length in (1024, 4096, 8192 - new):
-        cache = KVCache(model, length + new, DRAFT_LENGTH + 1)
+        cache = KVCache(model, length + new, exact_width(model, DRAFT_LENGTH + 1))
         prefill(model, cache, text[:length - 2])
-        first = list(autoregressive(model, text[:length], new, rows=DRAFT_LENGTH + 1, cache=cache))
+        first = list(autoregressive(model, text[:length], new, width=DRAFT_LENGTH + 1, cache=cache))
         cache.length = length - 2                      # back to the prompt
         second = list(clasp(model, text[:length], new, cache=cache))
         bytes_a_slot = sum(x.nbytes for x in cache.keys + cache.values) / cache.keys[0].shape[2]

@@ -3,6 +3,7 @@
     python -m pytest tests/test_properties.py                                    300 examples of each property
     python -m pytest tests/test_properties.py --hypothesis-profile thorough      5,000
 """
+import contextlib
 import functools
 import itertools
 from unittest import mock
@@ -12,11 +13,13 @@ import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+import exact as exact_module
 import model as model_module
 import speculative
 from conftest import BUNDLED, DEVICE, random_model
 from model import KVCache, load_model
-from speculative import Stats, autoregressive, clasp, exact_rows, full_pass, prefill
+from exact import exact_width, full_pass
+from speculative import Stats, autoregressive, clasp, prefill
 
 CONTEXT, VOCABULARY = 48, 13                # small, so that the context fills up and tokens repeat
 small_model = functools.cache(lambda layers, seed, dtype: random_model(
@@ -31,15 +34,19 @@ def situations(draw):
     prompt = draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20))
     room = CONTEXT - len(prompt)
     count = draw(st.sampled_from([1, 2, 7, room - 1, room]) | st.integers(1, room))
+    block = draw(st.sampled_from([4, 8, 16, 256]))
     return model, prompt, count, dict(
-        skip_layers=draw(st.integers(0, layers - 1)), draft_length=draw(st.integers(1, 7)),
+        skip_layers=draw(st.integers(0, layers - 1)), draft_length=draw(st.integers(1, min(7, block - 1))),
         exit_threshold=draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 1)),
-        opt_interval=draw(st.sampled_from([1, 2, 5, 10**9]))), draw(st.sampled_from([4, 8, 16, 256]))
+        opt_interval=draw(st.sampled_from([1, 2, 5, 10**9]))), block
 
 
 def blocks_of(slots):
     """Short texts would all lie in one block: make the blocks small too."""
-    return mock.patch.multiple(speculative, BLOCK=slots), mock.patch.multiple(model_module, BLOCK=slots)
+    stack = contextlib.ExitStack()
+    for module in (model_module, exact_module, speculative):
+        stack.enter_context(mock.patch.object(module, "BLOCK", slots))
+    return stack
 
 
 def valid(cache, length):
@@ -47,7 +54,8 @@ def valid(cache, length):
 
 
 def same_bits(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b))
+    """Stricter than equality, for which 0 is -0."""
+    return all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b))
 
 
 def consistent(stats, model, count, stop, *, skip_layers, draft_length, exit_threshold, **_):
@@ -66,22 +74,21 @@ def consistent(stats, model, count, stop, *, skip_layers, draft_length, exit_thr
 @given(situations(), st.data())
 def test_greedy_decoding_is_plain_decoding(situation, data):
     model, prompt, count, chosen, slots = situation
-    patches = blocks_of(slots)
-    with patches[0], patches[1]:
-        rows = exact_rows(model, chosen["draft_length"] + 1)
-        plain_cache = KVCache(model, CONTEXT, rows)
-        plain = list(autoregressive(model, prompt, count, rows=rows, cache=plain_cache))
+    with blocks_of(slots):
+        width = exact_width(model, chosen["draft_length"] + 1)
+        plain_cache = KVCache(model, CONTEXT, width)
+        plain = list(autoregressive(model, prompt, count, width=width, cache=plain_cache))
         stop = {plain[data.draw(st.integers(0, count - 1), "stop at")]} if data.draw(st.booleans(), "stop?") else set()
         expected = list(itertools.takewhile(lambda t: t not in stop, plain))
         expected = plain[:len(expected) + 1]
         hits = data.draw(st.none() | st.lists(st.booleans(), min_size=1, max_size=8), "which drafted tokens are right")
-        scratch = data.draw(st.sampled_from([0.0, 1.0, -1e4]), "left in the cache by the draft")
+        scratch = data.draw(st.sampled_from([0.0, 1.0, -1e4, torch.nan, torch.inf]), "left in the cache by the draft")
 
         def adversary(model, cache, token, skip, length, exit_threshold, choose, stop):
             """Drafts right and wrong tokens to order, and spoils the slots behind the cache."""
             at, tokens = cache.length - len(prompt) + 1, []
-            for x in cache.keys + cache.values:
-                x[:, :, cache.length:] = scratch
+            for x in cache.keys + cache.values:         # as many as a draft writes: the pass writes them anew
+                x[:, :, cache.length:cache.length + length] = scratch
             for i in range(min(1, length) if exit_threshold == 1 else length):
                 right = plain[at + i]
                 tokens.append(right if hits[(at + i) % len(hits)] else (right + 1) % VOCABULARY)
@@ -90,7 +97,7 @@ def test_greedy_decoding_is_plain_decoding(situation, data):
             return tokens, [None] * len(tokens)
 
         taken = data.draw(st.integers(1, len(expected)), "taken")
-        stats, cache, got = Stats(), KVCache(model, CONTEXT, rows), []
+        stats, cache, got = Stats(), KVCache(model, CONTEXT, width), []
         with mock.patch.object(speculative, "draft", adversary if hits else speculative.draft):
             for token in itertools.islice(clasp(model, prompt, count, stop=stop, stats=stats, cache=cache, **chosen), taken):
                 got.append(token)
@@ -111,14 +118,13 @@ def test_greedy_decoding_is_plain_decoding(situation, data):
 def test_sampling_leaves_the_cache_of_plain_decoding(situation, temperature, top_p, seed):
     """The tokens are chance; the cache must be what plain decoding of those very tokens computes."""
     model, prompt, count, chosen, slots = situation
-    patches = blocks_of(slots)
-    with patches[0], patches[1]:
-        rows = exact_rows(model, chosen["draft_length"] + 1)
-        stats, cache, plain = Stats(), KVCache(model, CONTEXT, rows), KVCache(model, CONTEXT, rows)
+    with blocks_of(slots):
+        width = exact_width(model, chosen["draft_length"] + 1)
+        stats, cache, plain = Stats(), KVCache(model, CONTEXT, width), KVCache(model, CONTEXT, width)
         tokens = list(clasp(model, prompt, count, temperature=temperature, top_p=top_p, seed=seed, stats=stats, cache=cache, **chosen))
         prefill(model, plain, prompt[:-1])
         for token in [prompt[-1], *tokens[:-1]]:
-            full_pass(model, plain, [token], rows)
+            full_pass(model, plain, [token], width)
         assert len(tokens) == count and cache.length == plain.length == len(prompt) + count - 1
         assert same_bits(valid(cache, cache.length), valid(plain, cache.length))
         consistent(stats, model, count, set(), **chosen)
@@ -129,6 +135,6 @@ def test_the_bundled_model_is_exact_in_every_precision_and_across_blocks():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         model = load_model(BUNDLED, DEVICE, dtype)
         plain, cache = KVCache(model, 300, 8), KVCache(model, 300, 8)
-        expected = list(autoregressive(model, [5, 6, 7], 280, rows=5, cache=plain))
+        expected = list(autoregressive(model, [5, 6, 7], 280, width=5, cache=plain))
         assert list(clasp(model, [5, 6, 7], 280, skip_layers=17, draft_length=4, cache=cache)) == expected
         assert same_bits(valid(cache, cache.length), valid(plain, plain.length))

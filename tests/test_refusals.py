@@ -36,6 +36,7 @@ def refused(capsys, argv: list[str]) -> str:
     (["--skip-layers", "20"], "fewer than the model's 20"),
     (["--skip-layers", "-1"], "at least 0"),
     (["--draft-length", "0"], "draft length"),
+    (["--draft-length", "1000000000000000000"], "draft length"),
     (["--draft-exit-threshold", "2"], "threshold"),
     (["--opt-interval", "0"], "interval"),
     (["--temperature", "-1"], "temperature"),
@@ -114,9 +115,12 @@ DAMAGE = {
     "an extra tensor": (lambda f: edit_weights(f, lambda w: w.update(extra=torch.ones(1))), "unexpected tensor extra"),
     "a tensor of another shape": (lambda f: edit_weights(f, lambda w: w.update({NORM: torch.ones(3)})), "(3,)"),
     "a tensor of integers": (lambda f: edit_weights(f, lambda w: w.update({NORM: torch.ones(256).int()})), "int32"),
-    "NaN weights": (lambda f: edit_weights(f, lambda w: w[NORM].fill_(torch.nan)), "numbers that are none"),
-    "one infinite weight": (lambda f: edit_weights(f, lambda w: w[NORM][:1].fill_(torch.inf)), "numbers that are none"),
+    "NaN weights": (lambda f: edit_weights(f, lambda w: w[NORM].fill_(torch.nan)), "NaN or infinity"),
+    "one infinite weight": (lambda f: edit_weights(f, lambda w: w[NORM][:1].fill_(torch.inf)), "NaN or infinity"),
     "hostile chat template": (lambda f: overwrite(f, "chat_template.jinja", b"{{ ''.__class__.__mro__ }}"), "chat template failed"),
+    "eos_token_id is no id": (lambda f: overwrite(f, "generation_config.json", b'{"eos_token_id": [[1]]}'), "eos_token_id"),
+    "an index of no files": (lambda f: overwrite(f, "model.safetensors.index.json", b'{"weight_map": {"a": 1}}'), "weight_map"),
+    "half a draft length": (lambda f: overwrite(f, "generation_config.json", b'{"clasp": {"draft_length": 4.5}}'), "clasp may give"),
     "bad suggested settings": (lambda f: overwrite(f, "generation_config.json", b'{"clasp": {"depth": 3}}'), "clasp may give"),
 }
 

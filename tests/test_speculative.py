@@ -1,15 +1,19 @@
 """speculative.py: the output is the whole model's own. Greedy: token for token. Sampled: in distribution."""
 import collections
+import functools
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import speculative
-from conftest import DEVICE, random_model, tokens_of
+from conftest import DEVICE, ROOT, random_model, tokens_of
 from model import KVCache
 from speculative import (SettingsError, Stats, accept_greedy, accept_sampled, autoregressive, clasp, distribution, draft,
-                         exact_rows, pick)
+                         exact_width, pick)
 
 
 def generator(seed=0):
@@ -89,7 +93,8 @@ def test_skip_sets_are_chosen_after_the_prefill_and_every_interval():
 
 @pytest.mark.parametrize("settings, word", [
     (dict(skip_layers=6), "fewer than the model's 6"), (dict(skip_layers=-1), "at least 0"),
-    (dict(draft_length=0), "draft length"), (dict(exit_threshold=1.5), "threshold"), (dict(opt_interval=0), "interval"),
+    (dict(draft_length=0), "draft length"), (dict(draft_length=256), "draft length"), (dict(prompt=[-1]), "vocabulary"),
+    (dict(stats=Stats(tokens=[1])), "another text"), (dict(exit_threshold=1.5), "threshold"), (dict(opt_interval=0), "interval"),
     (dict(temperature=-1), "temperature"), (dict(top_p=0), "top-p"), (dict(top_p=1.1), "top-p"), (dict(prompt=[]), "empty"),
     (dict(max_new_tokens=0), "new tokens"), (dict(max_new_tokens=254), "context of 256")])
 def test_impossible_settings_are_refused(settings, word):
@@ -107,18 +112,93 @@ def test_a_pass_is_as_wide_as_the_kernels_want_it(monkeypatch):
         return out
 
     linear, model = torch.nn.functional.linear, random_model()
-    assert [exact_rows(model, rows) for rows in (1, 4)] == [1, 4]
     monkeypatch.setattr(torch.nn.functional, "linear", uneven)
-    assert [exact_rows(model, rows) for rows in (1, 4, 5, 6, 7)] == [1, 4, 7, 7, 7]
+    assert [exact_width(model, rows) for rows in (4, 5, 6, 7)] == [4, 7, 7, 7]
 
 
-@pytest.mark.parametrize("length, tokens, rows, word", [(3, 8, 1, "prompt has only 3"), (0, 8, 9, "passes of 9"), (0, 300, 1, "no room")])
-def test_a_cache_without_room_is_refused(length, tokens, rows, word):
-    model = random_model(context=1000)
-    cache = KVCache(model, 8)
-    cache.length = length
-    with pytest.raises(SettingsError, match=word):
-        next(autoregressive(model, [1, 2, 3], tokens - 3, rows=rows, cache=cache))
+def test_uneven_attention_is_found_too(monkeypatch):
+    def uneven(q, k, v, **settings):
+        out = attention(q, k, v, **settings)
+        if q.shape[2] == 5:
+            out[:, :, 0, 0] *= 1 + 2 ** -7
+        return out
+
+    attention, model = torch.nn.functional.scaled_dot_product_attention, random_model().to(torch.bfloat16)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", uneven)
+    assert exact_width(model, 5) == 6
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="kernels of a CPU")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_text_is_exact_on_an_older_cpu(dtype):
+    """MKL and oneDNN told to take a CPU with AVX2 only, whose kernels treat 7 rows unevenly."""
+    code = f"""
+import sys, torch
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]
+from conftest import random_model, load_model, BUNDLED
+from model import KVCache
+from speculative import autoregressive, clasp, exact_width
+torch.set_grad_enabled(False)
+model = load_model(BUNDLED, dtype=torch.{dtype})
+for prompt in ([5, 6, 7], [9, 300, 21, 8]):
+    caches = [KVCache(model, 128, 20) for _ in range(2)]
+    plain = list(autoregressive(model, prompt, 100, width=7, cache=caches[0]))
+    assert plain == list(clasp(model, prompt, 100, skip_layers=16, draft_length=6, cache=caches[1]))
+    for a, b in zip(caches[0].keys + caches[0].values, caches[1].keys + caches[1].values):
+        assert torch.equal(a[:, :, :len(prompt) + 99], b[:, :, :len(prompt) + 99])
+print(exact_width(model, 7))
+"""
+    old = {"MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | old)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_programme_gets_the_states_of_the_last_accepted_token():
+    """Recorded on their way to the optimizer, and computed anew from the text so far."""
+    model, prompt, given, stats = random_model(), [1, 2, 3], [], Stats()
+
+    def recorded(model, cache, hidden, budget):
+        given.append((cache.length, hidden.clone()))
+        return speculative.optimize(model, cache, hidden, budget)
+
+    tokens = [*prompt, *clasp(model, prompt, 40, skip_layers=3, opt_interval=1, optimizer=recorded, stats=stats)]
+    assert len(given) == stats.optimizations == stats.cycles and stats.accepted
+    for length, hidden in given:
+        states = model(torch.tensor([tokens[:length]], device=DEVICE))
+        assert torch.allclose(hidden, torch.stack([state[0, -1] for state in states]), atol=1e-5)
+
+
+def test_the_draft_goes_on_while_it_is_confident(monkeypatch):
+    """Its top probability before temperature, against thresholds just below and above each."""
+    model, cache = random_model(), KVCache(random_model(), 20)
+    model(torch.tensor([[1, 2, 3]], device=DEVICE), cache)
+    choose = functools.partial(pick, temperature=3.0, top_p=0.5, rng=generator())
+    tokens, _ = draft(model, cache, 4, {2, 3}, 6, 0, choose, ())
+    text, confidence = [1, 2, 3, 4, *tokens], []
+    for i in range(6):
+        fresh = KVCache(model, 20)
+        model(torch.tensor([text[:3]], device=DEVICE), fresh)
+        for token in text[3:4 + i]:
+            state = model(torch.tensor([[token]], device=DEVICE), fresh, {2, 3})[-1]
+        confidence.append(model.logits(state)[0, 0].softmax(-1).max().item())
+    for threshold in [c * f for c in confidence for f in (0.999, 1.001)]:
+        choose = functools.partial(pick, temperature=3.0, top_p=0.5, rng=generator())
+        first = next((i for i, c in enumerate(confidence) if c < threshold), 5)
+        assert draft(model, cache, 4, {2, 3}, 6, threshold, choose, ())[0] == tokens[:first + 1]
+    assert cache.length == 3
+
+
+def test_a_candidate_that_overflows_leaves_nothing_in_the_cache():
+    model = random_model().to(torch.float16)
+    cache = KVCache(model, 20)
+    hidden = torch.stack([state[0, -1] for state in model(torch.tensor([[1, 2, 3]], device=DEVICE), cache)])
+
+    def overflows(layer, states, budget):
+        layer(0, torch.full_like(states[:budget], torch.inf))
+        assert not all(x.isfinite().all() for x in cache.keys)
+
+    speculative.optimize(model, cache, hidden, 4, overflows)
+    assert all(x.isfinite().all() for x in cache.keys + cache.values)
 
 
 # ---------------------------------------------------------------- sampling
@@ -184,7 +264,7 @@ def error_of_the_induced_distribution(monkeypatch, vocabulary=4, count=3, **sett
     """Largest error, over all texts of ``count`` tokens, of the probability with which clasp writes them."""
     model, prompt = random_model(layers=3, vocabulary=vocabulary, seed=1, residual=1.0, head_scale=0.6), [0, 1, 2]
     expected = own_distribution(model, prompt, count, **settings)
-    settings = dict(temperature=1, skip_layers=2, draft_length=2, exact=False) | settings
+    settings = dict(temperature=1, skip_layers=2, draft_length=2) | settings
     induced = Enumerated(monkeypatch).distribution(lambda: clasp(model, prompt, count, **settings))
     assert sum(induced.values()) == pytest.approx(1, abs=1e-6)
     return max(abs(induced.get(tokens, 0) - p) for tokens, p in expected.items())
@@ -193,7 +273,7 @@ def error_of_the_induced_distribution(monkeypatch, vocabulary=4, count=3, **sett
 NUCLEUS, EXIT = dict(temperature=0.7, top_p=0.8), dict(exit_threshold=0.5)
 
 
-@pytest.mark.parametrize("settings", [{}, NUCLEUS, EXIT, EXIT | NUCLEUS, dict(opt_interval=1)], ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(exact=False), NUCLEUS, EXIT, EXIT | NUCLEUS, dict(opt_interval=1)], ids=str)
 def test_every_text_has_the_models_own_probability(monkeypatch, settings):
     error = error_of_the_induced_distribution(monkeypatch, **settings)
     print(f"largest error {error:.1e}")

@@ -107,16 +107,16 @@ def equal(args, model, encode):
     prompts = [encode(" ".join(p.split()[:words])) for words in (99, 4, 8) for p in PROMPTS][:args.prompts]
     layers, count = len(model.layers), args.max_new_tokens
     k = args.draft_length[0] or suggested_settings(find_folder(args.model))["draft_length"]
-    rows_seen, full_pass = {}, speculative.full_pass
+    rows_seen, full_pass, width = {}, speculative.full_pass, speculative.exact_width(model, k + 1)
 
-    def recorded(model, cache, tokens, rows):
-        n, (states, logits) = cache.length, full_pass(model, cache, tokens, rows)
+    def recorded(model, cache, tokens, width):
+        n, (states, logits) = cache.length, full_pass(model, cache, tokens, width)
         rows_seen.update((n + i, row) for i, row in enumerate(logits))
         return states, logits
 
     def run(method, prompt, **settings):
         rows_seen.clear()
-        cache = KVCache(model, len(prompt) + count, k + 1)
+        cache = KVCache(model, len(prompt) + count, width)
         tokens, length = list(method(model, prompt, count, cache=cache, **settings)), len(prompt) + count - 1
         return tokens, [rows_seen[i] for i in range(len(prompt) - 1, length)] + [
             x[:, :, :length] for x in cache.keys + cache.values]
@@ -124,7 +124,7 @@ def equal(args, model, encode):
     speculative.full_pass = recorded
     runs = parted = bits = numbers = parted_one_row = 0
     for i, prompt in enumerate(prompts):
-        expected, expected_numbers = run(autoregressive, prompt, rows=k + 1)
+        expected, expected_numbers = run(autoregressive, prompt, width=k + 1)
         one_row = list(autoregressive(model, prompt, count))
         for skip in (0, layers // 4, layers // 2, layers - 3):
             tokens, got = run(clasp, prompt, skip_layers=skip, draft_length=k)
@@ -137,7 +137,7 @@ def equal(args, model, encode):
               end="", file=sys.stderr, flush=True)
     speculative.full_pass = full_pass
     print(f"\n{model.embed.weight.dtype}: {runs} runs of {count} greedy tokens, K {k}: {parted} differ from plain decoding "
-          f"{speculative.exact_rows(model, k + 1)} rows wide; {bits} of {numbers:.3g} logits, keys and values differ in a "
+          f"{width} rows wide; {bits} of {numbers:.3g} logits, keys and values differ in a "
           f"bit; {parted_one_row} texts differ from plain decoding one row wide", flush=True)
 
 

@@ -1,0 +1,71 @@
+"""Exact to the last bit: passes of the whole model that all have one shape.
+
+Matrix kernels round differently for 1 row and for 5. So speculative decoding, which verifies k+1 rows where plain
+decoding computes 1, does not quite write plain decoding's greedy text: in bfloat16 it parts at the first near tie.
+Here every verify pass has the same number of rows and looks over whole blocks of the cache (``full_pass``), so a
+row's bits depend on its token and the keys and values before it, not on how many of the rows beside it are drafted,
+accepted or padding. Plain decoding in such passes, ``autoregressive(width=K + 1)``, is then equal bit for bit; it
+starts from the same keys and values, since both put the prompt through in the same pieces.
+"""
+import weakref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import BLOCK, KVCache, Llama, ModelError, rope_table
+
+WIDTHS = weakref.WeakKeyDictionary()       # what exact_width found, by model
+
+
+def as_row(model: Llama, tokens: list[int]) -> Tensor:
+    return torch.tensor([tokens], device=model.embed.weight.device)
+
+
+def full_pass(model: Llama, cache: KVCache, tokens: list[int], width: int | None) -> tuple[list[Tensor], Tensor]:
+    """The whole model on tokens, in ``width`` rows: hidden states (1, width, dim) each, logits (tokens, vocabulary).
+
+    The rows left over are padding, and all rows look over whole blocks of the cache, up to the first token's
+    own, so that no shape depends on how many tokens there are. Without a width: as many rows as tokens, over
+    the filled slots. Raises ModelError for logits that are NaN or infinite.
+    """
+    n, padding, slots = cache.length, [], None
+    if width is not None:
+        padding, slots = tokens[:1] * (width - len(tokens)), (n // BLOCK + 1) * BLOCK
+    states = model(as_row(model, tokens + padding), cache, slots=slots)
+    logits = model.logits(states[-1])[0, :len(tokens)]
+    cache.length = n + len(tokens)
+    if not logits.max().isfinite():                                   # NaN counts as the maximum
+        raise ModelError("the model computes NaN or infinity: its weights are damaged, or "
+                         f"{str(logits.dtype).removeprefix('torch.')} overflows (float32 may do)")
+    return states, logits
+
+
+def exact_width(model: Llama, rows: int) -> int:
+    """The fewest rows, from ``rows`` on, at which a row's bits do not depend on its place among them.
+
+    A kernel may take the last rows differently from the first (MKL's for AVX2 take 7 as 6 + 1). So the machine
+    is asked: the same row in every place must come out the same in every place, from one layer and the head, and
+    from attention over many random caches. Often in 16 bits, which round most differences away.
+    """
+    c, weight, random = model.config, model.embed.weight, torch.Generator().manual_seed(0)
+    cos, sin = rope_table(c, 1, weight.device, weight.dtype)
+    trials = 4 if weight.dtype == torch.float32 else 12
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random).to(weight)
+
+    def same_everywhere(width: int, slots: int) -> bool:
+        kv, mask = some(2, 1, c.num_key_value_heads, slots, c.head_dim), weight.new_zeros(width, slots)
+        out = model.layers[0](some(c.hidden_size).repeat(1, width, 1), cos, sin, mask, lambda k, v: kv)
+        results = [model.logits(out)[0]]
+        for _ in range(16):
+            q = some(1, c.num_attention_heads, 1, c.head_dim).repeat(1, 1, width, 1)
+            results.append(F.scaled_dot_product_attention(q, *kv, attn_mask=mask, enable_gqa=True).transpose(0, 2))
+        return all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in results)
+
+    known, key = WIDTHS.setdefault(model, {}), (rows, BLOCK, torch.get_num_threads())
+    if key not in known:
+        fits = (w for w in range(rows, rows + 8) if all(same_everywhere(w, (1 + i % 3) * BLOCK) for i in range(trials)))
+        known[key] = next(fits, rows)              # none: nothing helps on this machine, and --compare tells what comes of it
+    return known[key]
