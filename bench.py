@@ -6,9 +6,8 @@
     python bench.py --figures results/figures            the figures of the paper's sections 3 and 5, and two more
     python bench.py --synthetic llama3-8b                random weights of that shape: true speed, no sense
 
-Every method is a choice of what ``clasp`` skips or drafts, on the same loop. Each question is decoded by all
-methods in turn, in random order, in one process, after a warm-up, several times; a question's speedup is the ratio
-of the medians. Every result is written to --out at once; a run that was stopped goes on where it was.
+Every method is a choice of what ``clasp`` skips or drafts, on the same loop. Each question is decoded by all in random
+order, in one process, after a warm-up, several times. Results go to --out at once; a stopped run goes on from there.
 """
 import csv
 import itertools
@@ -26,57 +25,46 @@ import torch.nn.functional as F
 from tqdm import tqdm          # comes with huggingface-hub
 
 from dp_skip import select_layers, select_layers_plain
+from exact import exact_width, full_pass
 from generate import BUNDLED, Parser, Text, choose_device, say, suggested_settings
 from model import Config, KVCache, Llama, ModelError, find_folder, load_model
 from packed import pack
-from speculative import (SettingsError, Stats, autoregressive, candidate_layer, clasp, clock, exact_width, full_pass,
-                         optimize, prefill)
+from speculative import (DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, SettingsError, Stats, autoregressive, candidate_layer,
+                         clasp, clock, optimize, prefill)
 
 # Written for this project; none is in the bundled model's training text.
 PROMPTS = {
-    "chat": [
-        "Write a short letter to a friend who has just moved to a small town by the sea.",
-        "Explain to a child of seven why ships made of iron float.",
-        "Give me five rules for a good neighbour, with one sentence of reason for each."],
-    "translation": [
-        "Translate German to English: Der alte Fischer flickte sein Netz, waehrend die Kinder am Ufer Steine sammelten.",
-        "Translate German to English: Am naechsten Morgen lag der erste Schnee auf den Daechern der Stadt.",
-        "Translate German to English: Die Bruecke wurde vor zweihundert Jahren gebaut und steht noch heute."],
+    "chat": ["Write a short letter to a friend who has just moved to a small town by the sea.",
+             "Explain to a child of seven why ships made of iron float.",
+             "Give me five rules for a good neighbour, with one sentence of reason for each."],
+    "translation": ["Translate German to English: Der alte Fischer flickte sein Netz, waehrend die Kinder Steine sammelten.",
+                    "Translate German to English: Am naechsten Morgen lag der erste Schnee auf den Daechern der Stadt.",
+                    "Translate German to English: Die Bruecke wurde vor zweihundert Jahren gebaut und steht noch heute."],
     "summarization": [
-        "Summarize: The village mill had stood idle for thirty years when the council decided to repair its wheel. The work "
-        "took two summers. Carpenters from three valleys came to help, and the school collected coins for the new axle. In "
-        "May the wheel turned again, and the first flour was baked into a loaf that everyone in the village shared.",
+        "Summarize: The village mill had stood idle for thirty years when the council decided to repair its wheel. Carpenters "
+        "from three valleys came to help, and the school collected coins for the new axle. In May the wheel turned again.",
         "Summarize: A storm closed the mountain road on Friday. Forty travellers spent the night in the church hall, where the "
-        "fire brigade brought blankets and the baker brought soup. By noon on Saturday a plough had cleared one lane. Nobody "
-        "was hurt, but the council wants a second shelter before next winter.",
+        "fire brigade brought blankets and the baker brought soup. By noon on Saturday a plough had cleared one lane.",
         "Summarize: The library will stay open until nine on weekdays from October. Readers had asked for it for years. Two "
         "new librarians start in September, and the reading room gets forty lamps. The cafe closes at six as before."],
-    "qa": [
-        "Why does the moon show us always the same side?",
-        "What is the difference between a violin and a viola?",
-        "How do bees find their way back to the hive?"],
-    "math": [
-        "A baker sells 48 rolls in the morning and half as many in the afternoon. Each costs 3 coins. How many coins does he "
-        "take in? Think step by step.",
-        "Anna is twice as old as Ben. In six years their ages sum to 48. How old is Anna now? Think step by step.",
-        "Three bags hold 7, 12 and 20 marbles. How many must be moved so that all hold the same? Think step by step."],
-    "rag": [
-        "Answer from the text. Text: The lighthouse of Skell was built in 1811 from grey granite. Its lamp burned whale oil "
-        "until 1862, then paraffin, and since 1931 it is electric. The last keeper left in 1988. Question: What did the lamp "
-        "burn in 1900? Answer:",
-        "Answer from the text. Text: The river Ome rises at two springs above Harl, passes the towns of Lind and Moor, and "
-        "meets the sea at Dun. Salmon were brought back in 2004. Question: Through which towns does the Ome pass? Answer:",
-        "Answer from the text. Text: Mira Tolland painted doors. Between 1920 and 1935 she finished 212 of them, most for "
-        "farmers who paid in eggs and wool. Nine are in the museum at Corr. Question: How was she paid? Answer:"],
-    "tale": [
-        "Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night.",
-        "A poor fisherman pulled his net from the river and found in it a small iron box, which",
-        "\"Three nights you must watch,\" said the dwarf, \"and on the third"]}
+    "qa": ["Why does the moon show us always the same side?", "What is the difference between a violin and a viola?",
+           "How do bees find their way back to the hive?"],
+    "math": ["A baker sells 48 rolls in the morning and half as many in the afternoon, for 3 coins each. How many coins is that?",
+             "Anna is twice as old as Ben. In six years their ages sum to 48. How old is Anna now? Think step by step.",
+             "Three bags hold 7, 12 and 20 marbles. How many must be moved so that all hold the same? Think step by step."],
+    "rag": ["Text: The lamp of the lighthouse burned whale oil until 1862, then paraffin, and since 1931 it is electric. "
+            "Question: What did the lamp burn in 1900? Answer from the text:",
+            "Text: The river Ome passes the towns of Lind and Moor and meets the sea at Dun. Salmon were brought back in 2004. "
+            "Question: Through which towns does the Ome pass? Answer from the text:",
+            "Text: Mira Tolland painted doors, 212 of them, most for farmers who paid in eggs and wool. Nine are in a museum. "
+            "Question: How was she paid? Answer from the text:"],
+    "tale": ["Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night.",
+             "A poor fisherman pulled his net from the river and found in it a small iron box, which",
+             "\"Three nights you must watch,\" said the dwarf, \"and on the third"]}
 HELD_OUT = [                                # for Self-SD's search, which may not see what it is measured on
     "The giant was so tired that he sat down upon the church, and", "Nobody in the town would speak of the blue house, until",
     "How is paper made from wood?", "Summarize: The ferry will not run on Monday. A new engine arrived too late."]
 GROUP = {"translation": "translation", "summarization": "summarization", "qa": "qa", "math_reasoning": "math", "rag": "rag"}
-
 SHAPES = {name: Config(128256, hidden, inner, layers, heads, 8, head_dim, 8192, tie_word_embeddings=tied)
           for name, hidden, inner, layers, heads, head_dim, tied in (
               ("llama3.2-1b", 2048, 8192, 16, 32, 64, True), ("llama3.2-3b", 3072, 8192, 28, 24, 128, True),
@@ -84,10 +72,8 @@ SHAPES = {name: Config(128256, hidden, inner, layers, heads, 8, head_dim, 8192, 
 
 
 def synthetic(config: Config, residual: float, device, dtype) -> Llama:
-    """Random weights of a shape. ``residual`` scales what all layers but the first and last two add to the stream.
-
-    The smaller it is, the less it matters which of them are skipped: it sets the draft's acceptance.
-    """
+    """Random weights of a shape. ``residual`` scales what all layers but the first and last two add to the stream: the
+    smaller it is, the less it matters which of them are skipped, so it sets the draft's acceptance."""
     with torch.device("meta"):
         model = Llama(config).to(dtype)
     model = model.to_empty(device=device).requires_grad_(False).eval()
@@ -106,23 +92,20 @@ class Target:
     def __init__(self, args):
         device, dtype = choose_device(args.device, args.dtype)
         if args.synthetic:
-            self.model = pack(synthetic(SHAPES[args.synthetic], args.residual, device, dtype))
-            self.text, self.stop = None, ()
+            self.model, self.text, self.stop = pack(synthetic(SHAPES[args.synthetic], args.residual, device, dtype)), None, ()
             self.name, self.settings = f"{args.synthetic} with RANDOM WEIGHTS (residual {args.residual}; the text is noise)", {}
         else:
             folder = find_folder(args.model)
             self.text, self.model, self.settings = Text(folder), pack(load_model(folder, device, dtype)), suggested_settings(folder)
             self.name, self.stop = folder.resolve().name, self.text.stop
-        given = dict(skip_layers=args.skip_layers, draft_length=args.draft_length,
-                     exit_threshold=args.draft_exit_threshold, opt_interval=args.opt_interval)
-        self.settings = dict(skip_layers=None, draft_length=4, exit_threshold=0.0, opt_interval=16) | self.settings
-        self.settings |= {name: value for name, value in given.items() if value is not None}
         self.layers = len(self.model.layers)
+        self.settings = dict(skip_layers=None, draft_length=DRAFT_LENGTH, exit_threshold=EXIT_THRESHOLD, opt_interval=OPT_INTERVAL) | self.settings
+        self.settings |= {name: getattr(args, name) for name in self.settings if getattr(args, name) is not None}
         if self.settings["skip_layers"] is None:
             self.settings["skip_layers"] = self.layers // 2
         self.chat = self.text and (self.text.config.get("chat_template") or (self.text.folder / "chat_template.jinja").exists())
-        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else (
-            f"{torch.get_num_threads()} threads of a CPU with {torch.backends.cpu.get_cpu_capability()}")
+        cpu = f"{torch.get_num_threads()} threads of a CPU with {torch.backends.cpu.get_cpu_capability()}"
+        machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         self.where = f"{machine}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
 
     def encode(self, turns: list[str]) -> list[int]:
@@ -143,9 +126,7 @@ class Target:
         return stats, now() - start - stats.prefill_seconds
 
 
-# ---------------------------------------------------------------------------- methods: what to skip, what to draft
-
-# Each is called as method(target, prompt, count, stats, temperature=, seed=, stop=) and yields tokens.
+# ------------------------ methods, called as method(target, prompt, count, stats, temperature=, seed=, stop=); they yield tokens
 
 def plain(target, prompt, count, stats, **common):
     return autoregressive(target.model, prompt, count, stats=stats, **common)
@@ -204,11 +185,9 @@ def agreement(model: Llama, tokens: torch.Tensor, last: int, skip) -> float:
 
 
 def self_sd(target: Target, seed: int, trials: int = 240) -> Search:
-    """Self-SD (Zhang et al. 2024): one set for all, found beforehand on held-out text, here the model's own.
-
-    There attention and MLP blocks are searched for the time they save; here, for the comparison at the same M,
-    whole layers for the greedy tokens they get right.
-    """
+    """Self-SD (Zhang et al. 2024): one set for all, found beforehand on held-out text, here the model's own. There
+    attention and MLP blocks are searched for the time they save; here, to compare at the same M, whole layers for the
+    greedy tokens they get right."""
     prompts = [target.encode([text]) for text in HELD_OUT]
     length = max(map(len, prompts)) + 64
     texts = [[*p, *autoregressive(target.model, p, length - len(p))] for p in prompts]
@@ -220,19 +199,11 @@ def self_sd(target: Target, seed: int, trials: int = 240) -> Search:
 
 
 class Swift:
-    """SWIFT (Xia et al. 2025): the set is searched for while decoding, on the text so far, then frozen.
-
-    One set is tried in each of the first ``steps`` cycles, on the last 64 tokens; the search goes on from text to text.
-    """
+    """SWIFT (Xia et al. 2025): the set is searched for while decoding, on the text so far, then frozen. One set is tried
+    in each of the first ``steps`` cycles, on the last 64 tokens; the search goes on from text to text."""
 
     def __init__(self, target: Target, seed: int, steps: int = 200):
         self.search, self.left = Search(target.layers, target.settings["skip_layers"], seed, steps // 3), steps
-
-    def state(self):
-        return sorted(self.search.best), self.search.score, self.left
-
-    def restore(self, best, score, left):
-        self.search.best, self.search.score, self.left = frozenset(best), score, left
 
     def __call__(self, target, prompt, count, stats, **common):
         def optimizer(model, *_):
@@ -302,9 +273,9 @@ def measure(target: Target, args, questions, path: Path) -> list[dict]:
         raise SettingsError(f"{path} holds another run ({lines[0]['model']}, {lines[0]['where']}): move it away or use another --out")
     done = {tuple(line["key"]): line for line in lines[1:]}
     methods = methods_of(target, args.methods, args.seed)
-    for line in lines:
-        if "swift" in line and "swift" in methods:                      # take its search up where it was
-            methods["swift"].restore(*line["swift"])
+    swift = methods.get("swift")
+    for line in lines if swift else ():                                 # take its search up where it was
+        swift.search.best, swift.search.score, swift.left = line.get("swift", (swift.search.best, swift.search.score, swift.left))
     too_long = 0
     with open(path, "a") as file:
         def write(line):
@@ -313,8 +284,6 @@ def measure(target: Target, args, questions, path: Path) -> list[dict]:
 
         if not lines:
             print(json.dumps(header), file=file, flush=True)
-        else:
-            say(f"{path}: going on after {len(lines) - 1} results")
         for method in methods.values():                                 # first passes are slow
             target.run(method, target.encode([HELD_OUT[0]]), 16)
         total = len(args.temperatures) * sum(len(turns) for _, _, turns in questions) * args.repeat * len(methods)
@@ -340,17 +309,17 @@ def measure(target: Target, args, questions, path: Path) -> list[dict]:
                                 line = {"key": key, "group": group, "wall": wall} | {n: getattr(stats, n) for n in NUMBERS}
                                 line["identical"] = stats.tokens == answer
                                 if method == "swift":
-                                    line["swift"] = methods["swift"].state()
+                                    line["swift"] = sorted(swift.search.best), swift.search.score, swift.left
                                 write(line)
                             progress.update()
                     messages.append(target.decode(answer))
     if too_long:
-        say(f"{too_long} prompts with their answers do not fit the context of {target.model.config.max_position_embeddings}: left out")
+        say(f"{too_long} prompts with their answers do not fit the model's context: left out")
     return [line for line in done.values() if line["key"][-1] != "reference"]
 
 
 def sums(lines) -> SimpleNamespace:
-    """Totals of some runs, and what follows from them: tau, acceptance, the cost model's terms."""
+    """Totals of some runs, and what follows from them: tau, acceptance, the terms of the cost model."""
     s = SimpleNamespace(**{name: sum(line[name] for line in lines) for name in NUMBERS + ("wall",)})
     s.tau, s.accepted_share = s.new_tokens / s.cycles, s.accepted / max(1, s.drafted)
     s.verify = (s.verify_seconds or s.seconds) / s.cycles               # seconds of a pass
@@ -377,10 +346,7 @@ def write_csv(path: Path, rows: list[dict]):
 
 
 def table(target: Target, lines: list[dict], args) -> str:
-    """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; then where CLaSp's time goes.
-
-    Beside it, as CSV, a row for each method and group.
-    """
+    """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; where CLaSp's time goes; and all as CSV."""
     groups, rows = list(dict.fromkeys(line["group"] for line in lines)), []
     out = [f"# {target.name}\n\n{target.where}. {target.layers} layers, CLaSp's settings {target.settings}. {args.max_new_tokens} new "
            f"tokens at most; {len({tuple(line['key'][:2]) for line in lines})} prompts x {args.repeat}, interleaved. A prompt's speedup is "
@@ -435,6 +401,15 @@ def column(rows, name):
     return [row[name] for row in rows]
 
 
+def curves(rows, x, styles, **labels):
+    def draw(axes):
+        for name, style in styles.items():
+            axes.plot(column(rows, x), column(rows, name), style, label=name)
+        axes.set(xlabel=x, **labels)
+        axes.legend()
+    return draw
+
+
 @torch.inference_mode()
 def persistence(target: Target, args, prompts):
     """Fig. 3a: how alike the sets chosen at two tokens are, against the tokens between them (Jaccard similarity)."""
@@ -450,15 +425,10 @@ def persistence(target: Target, args, prompts):
     generator = random.Random(0)
     pairs = [[set(generator.sample(range(target.layers), budget)) for _ in range(2)] for _ in range(2000)]
     chance = statistics.mean(len(a & b) / len(a | b) for a, b in pairs)
-    rows = [{"distance_tokens": d, "jaccard": statistics.mean(values), "jaccard_of_random_sets": chance} for d, values in alike.items()]
-
-    def draw(axes):
-        axes.plot(column(rows, "distance_tokens"), column(rows, "jaccard"), label="sets of the dynamic programme")
-        axes.axhline(chance, color="grey", linestyle="--", label="random sets")
-        axes.set(xlabel="distance (tokens)", ylabel="Jaccard similarity", ylim=(0, 1.02),
-                 title=f"Sets chosen at two tokens ({budget} of {target.layers} layers skipped)")
-        axes.legend()
-    save(args.figures, "3a_sparse_persistence", target, rows, draw)
+    rows = [{"distance (tokens)": d, "dynamic programme": statistics.mean(values), "random sets": chance} for d, values in alike.items()]
+    save(args.figures, "3a_sparse_persistence", target, rows, curves(
+        rows, "distance (tokens)", {"dynamic programme": "C0", "random sets": "k--"}, ylabel="Jaccard similarity", ylim=(0, 1.02),
+        title=f"Sets chosen at two tokens ({budget} of {target.layers} layers skipped)"))
 
 
 @torch.inference_mode()
@@ -480,15 +450,11 @@ def markov(target: Target, args, prompts, size: int = 10):
             found[m]["dynamic programme"].append(by_dp.cosines[m])
             found[m]["brute force"].append(every.max().item())
             found[m]["random"].append(every.mean().item())
-    rows = [{"skipped": m} | {name: statistics.mean(values) for name, values in at.items()} for m, at in found.items()]
-
-    def draw(axes):
-        for name, style in (("brute force", "k--"), ("dynamic programme", "C0o-"), ("random", "C3s-")):
-            axes.plot(column(rows, "skipped"), column(rows, name), style, label=name)
-        axes.set(xlabel=f"layers skipped of {size} (layers {first} to {first + size - 1})", ylabel="cosine with the true state",
-                 title="One survivor a cell is nearly as good as trying all sets")
-        axes.legend()
-    save(args.figures, "3b_markov", target, rows, draw)
+    x = f"layers skipped of {first} to {first + size - 1}"
+    rows = [{x: m} | {name: statistics.mean(values) for name, values in at.items()} for m, at in found.items()]
+    save(args.figures, "3b_markov", target, rows, curves(
+        rows, x, {"brute force": "k--", "dynamic programme": "C0o-", "random": "C3s-"}, ylabel="cosine with the true state after them",
+        title="One survivor a cell is nearly as good as trying all sets"))
 
 
 @torch.inference_mode()
@@ -502,17 +468,13 @@ def breakdown(target: Target, args, prompts):
     model, budget, now = target.model, target.settings["skip_layers"], clock(target.model)
     width, prompt = exact_width(model, target.settings["draft_length"] + 1), prompts[0]
     cache = KVCache(model, len(prompt) + 1, width)
-    hidden = prefill(model, cache, prompt)
-    n = cache.length
-
-    def verify():
-        full_pass(model, cache, [0], width)
-        cache.length = n
+    hidden, n = prefill(model, cache, prompt), len(prompt)
     times = defaultdict(list)
     for _ in range(9):
-        for name, work in (("verify pass", verify), ("programme, packed rows", lambda: optimize(model, cache, hidden, budget)),
+        for name, work in (("verify pass", lambda: full_pass(model, cache, [0], width)),
+                           ("programme, packed rows", lambda: optimize(model, cache, hidden, budget)),
                            ("programme, cell by cell", lambda: optimize(model, cache, hidden, budget, select_layers_plain))):
-            start = now()
+            start, cache.length = now(), n
             work()
             times[name].append(now() - start)
     unit = statistics.median(times["verify pass"])
@@ -558,68 +520,57 @@ def sweep(target: Target, args, prompts, name: str, setting: str, label: str, va
 
 def sweeps(target: Target, args, prompts):
     """Figs. 4a to 4c, and for every setting of 4a the speedup measured beside the cost model's bound."""
-    layers, budget = target.layers, target.settings["skip_layers"]
-    some = sorted({round(layers * share / 10) for share in range(1, 10)} | {budget, layers - 2, layers - 1} - {0, layers})
+    some = sorted({round(target.layers * x) for x in (.1, .2, .3, .4, .5, .6, .7, .8, .9, .95)} | {target.settings["skip_layers"]})
     by_m = sweep(target, args, prompts, "4a_skipped_layers", "skip_layers", "number of skipped layers M", some)
     sweep(target, args, prompts, "4b_interval", "opt_interval", "optimisation interval (cycles)", [2 ** i for i in range(8)])
     sweep(target, args, prompts, "4c_exit_threshold", "exit_threshold", "draft-exit threshold", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
 
-    def draw(axes):
-        axes.plot(column(by_m, "bound"), column(by_m, "speedup"), "o")
-        for row in by_m:
-            axes.annotate(f"M {row['skip_layers']}", (row["bound"], row["speedup"]), fontsize=10)
-        ends = [min(column(by_m, "speedup")) * 0.95, max(column(by_m, "bound")) * 1.05]
-        axes.plot(ends, ends, "k--", label="bound")
-        axes.plot(ends, [0.9 * e for e in ends], "k:", label="0.9 of it")
-        axes.set(xlabel="bound, tau / (1 + g c)", ylabel="speedup measured", title="Measured speedup and the cost model's bound")
-        axes.legend()
-    save(args.figures, "bound", target, by_m, draw)
+    rows = sorted(({"bound, tau / (1 + g c)": r["bound"], "0.9 of it": 0.9 * r["bound"], "measured": r["speedup"], "M": r["skip_layers"]}
+                   for r in by_m), key=lambda row: row["0.9 of it"])
+    save(args.figures, "bound", target, rows, curves(
+        rows, "bound, tau / (1 + g c)", {"bound, tau / (1 + g c)": "k--", "0.9 of it": "k:", "measured": "C0o"}, ylabel="speedup",
+        title="Measured speedup and the cost model's bound, for each M"))
 
 
 def heat_map(target: Target, args, prompts):
     """Which layers are skipped as one text unfolds."""
-    budget = target.layers * 44 // 80
+    budget, names = target.layers * 44 // 80, [f"layer {i}" for i in range(target.layers)]
     stats, _ = target.run(paper, prompts[0], max(args.max_new_tokens, 200), opt_interval=4, skip_layers=budget)
-    rows = [{"new_token": at} | {f"layer_{i}": int(i in skip) for i in range(target.layers)} for at, skip in stats.skip_sets]
+    rows = [{"new tokens": at} | {name: int(i in skip) for i, name in enumerate(names)} for at, skip in stats.skip_sets]
 
     def draw(axes):
-        edges = [*column(rows, "new_token"), stats.new_tokens]
-        axes.pcolormesh(edges, range(target.layers + 1), [[row[f"layer_{i}"] for row in rows] for i in range(target.layers)],
-                        cmap="Greys", vmin=0, vmax=1.6)
+        edges = [*column(rows, "new tokens"), stats.new_tokens], range(target.layers + 1)
+        axes.pcolormesh(*edges, [column(rows, name) for name in names], cmap="Greys", vmax=1.6)
         axes.set(xlabel="new tokens", ylabel="layer", title=f"The {budget} layers skipped (grey) as a text unfolds")
-        axes.grid(False)
     save(args.figures, "skipped_layers", target, rows, draw)
 
 
 # ---------------------------------------------------------------------------- the command line
 
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def arguments(argv: list[str] | None):
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--model", default=str(BUNDLED), metavar="PATH_OR_REPO")
-    parser.add_argument("--synthetic", choices=list(SHAPES), help="random weights of this shape instead of a model")
-    parser.add_argument("--residual", type=float, default=0.1, metavar="F",
-                        help="synthetic: scale of what the middle layers add; smaller: more is accepted; default: %(default)s")
-    parser.add_argument("--questions", metavar="FILE", help="Spec-Bench's question.jsonl; default: our own prompts")
-    parser.add_argument("--limit", type=int, metavar="N", help="questions of each group; default: all")
-    parser.add_argument("--methods", default="clasp,self-sd,swift,even,random,prompt-lookup", metavar="A,B,..", help="default: %(default)s")
-    parser.add_argument("--temperatures", default="0,1", metavar="T,..", help="default: %(default)s")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
-    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of everything that is timed; default: %(default)s")
-    for name, kind in (("skip-layers", int), ("draft-length", int), ("draft-exit-threshold", float), ("opt-interval", int)):
-        parser.add_argument(f"--{name}", type=kind, help="default: what the model suggests, as in generate.py")
-    parser.add_argument("--device", metavar="cpu|cuda|cuda:N|mps")
+    for name, default, metavar, kind, text in (
+            ("model", str(BUNDLED), "PATH_OR_REPO", str, "default: the bundled model"),
+            ("residual", 0.1, "F", float, "synthetic: scale of what the middle layers add; less: more is accepted; default: %(default)s"),
+            ("questions", None, "FILE", str, "Spec-Bench's question.jsonl; default: our own prompts"),
+            ("limit", None, "N", int, "questions of each group; default: all"),
+            ("methods", "clasp,self-sd,swift,even,random,prompt-lookup", "A,B,..", lambda text: text.split(","), "default: %(default)s"),
+            ("temperatures", "0,1", "T,..", numbers, "default: %(default)s"),
+            ("max-new-tokens", 128, "N", int, "default: %(default)s"),
+            ("repeat", 3, "N", int, "runs of everything that is timed; default: %(default)s"),
+            ("skip-layers", None, "M", int, "default for this and the next three: what the model suggests, as in generate.py"),
+            ("draft-length", None, "K", int, None), ("exit-threshold", None, "X", float, None), ("opt-interval", None, "N", int, None),
+            ("device", None, "cpu|cuda|cuda:N|mps", str, None), ("seed", 0, "S", int, None),
+            ("out", "bench.jsonl", "FILE", Path, "results, one a line; the table goes beside it as .md and .csv; default: %(default)s"),
+            ("figures", None, "DIR", Path, "draw the figures into DIR instead of the table")):
+        parser.add_argument(f"--{name}", default=default, metavar=metavar, type=kind, help=text)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("bench.jsonl"), help="results, one a line; the table goes beside it as .md; "
-                        "default: %(default)s")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the figures into DIR instead of the table")
-    args = parser.parse_args(argv)
-    args.methods = args.methods.split(",")
-    try:
-        args.temperatures = [float(t) for t in args.temperatures.split(",")]
-    except ValueError:
-        raise SettingsError(f"--temperatures takes numbers with commas between, not {args.temperatures!r}") from None
-    return args
+    parser.add_argument("--synthetic", choices=list(SHAPES), help="random weights of this shape instead of a model")
+    return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
