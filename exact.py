@@ -36,8 +36,9 @@ def full_pass(model: Llama, cache: KVCache, tokens: list[int], width: int | None
     logits = model.logits(states[-1])[0, :len(tokens)]
     cache.length = n + len(tokens)
     if not logits.max().isfinite():                                   # NaN counts as the maximum
-        raise ModelError("the model computes NaN or infinity: its weights are damaged, or "
-                         f"{str(logits.dtype).removeprefix('torch.')} overflows (float32 may do)")
+        narrow = logits.dtype != torch.float32
+        raise ModelError("the model computes NaN or infinity: its weights are damaged"
+                         + f", or {logits.dtype} is too narrow for it (then use float32)" * narrow)
     return states, logits
 
 
