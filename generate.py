@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from exact import full_pass
 from model import KVCache, Llama, ModelError, find_folder, load_model, read_json
 from packed import pack
 from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, SettingsError, Stats, autoregressive, clasp
@@ -258,9 +259,9 @@ def compare(args, model: Llama, decode: Callable[..., Iterator[int]], prompt: li
     elif not identical:
         at = next(i for i, (a, b) in enumerate(zip(stats.tokens, plain.tokens)) if a != b)
         cache.length = len(prompt) + at - 1                    # what plain decoding had there, so the same logits
-        last = torch.tensor([[*prompt, *plain.tokens][cache.length]], device=model.embed.weight.device)
         with torch.inference_mode():
-            top = model.logits(model(last[None], cache)[-1]).flatten().float().topk(2).values
+            _, logits = full_pass(model, cache, [[*prompt, *plain.tokens][cache.length]], None)
+        top = logits[0].float().topk(2).values
         same = list(decode("same width", prompt, args.max_new_tokens, Stats())) == stats.tokens
         difference = {"difference": {"new_token": at, "logit_gap": (top[0] - top[1]).item(), "identical_at_same_width": same}}
         verdict = (f"no, from new token {at} on, where the two likeliest tokens' logits lay {top[0] - top[1]:.2g} apart; "
