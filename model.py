@@ -149,8 +149,8 @@ class KVCache:
         self.tokens, self.rows = -(-tokens // BLOCK) * BLOCK, max(rows, c.num_hidden_layers)
         capacity = self.tokens + self.rows
         shape = (1, c.num_key_value_heads, capacity, c.head_dim)
-        self.keys = [torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in model.layers]
-        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.slots = torch.zeros(2, len(model.layers), *shape, dtype=like.dtype, device=like.device)
+        self.keys, self.values = self.slots[0].unbind(), self.slots[1].unbind()                        # by layer
         self.cos, self.sin = rope_table(c, capacity, like.device, like.dtype)
         self.length = 0
 

@@ -98,6 +98,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     require(opt_interval >= 1, "the optimisation interval must be at least 1")
     stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
+    optimizer = optimizer or partial(optimize, select=partial(select_layers, smallest=budget))     # one set is all it needs
     choose = partial(pick, temperature=temperature, top_p=top_p, rng=rng)
 
     start = now()
@@ -110,7 +111,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     while stats.new_tokens < max_new_tokens:
         start = now()
         if hidden is not None:                                        # an optimisation is due
-            skip = (optimizer or optimize)(model, cache, hidden, budget).skip_sets[budget]
+            skip = optimizer(model, cache, hidden, budget).skip_sets[-1]
             stats.skip_sets.append((stats.new_tokens, skip))
             stats.optimizations += 1
         optimized = now()
@@ -191,9 +192,8 @@ def optimize(model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=s
     is only read; the ``budget`` slots behind it are used, and left clean: masked as they are for the next pass,
     a NaN there, from a candidate that overflowed, would be one in every sum it is multiplied by 0 into.
     """
-    selection, n = select(candidate_layer(model, cache, budget), hidden, budget), cache.length
-    for x in cache.keys + cache.values:
-        x[:, :, n:n + budget] = 0
+    selection = select(candidate_layer(model, cache, budget), hidden, budget)
+    cache.slots[..., cache.length:cache.length + budget, :] = 0
     return selection
 
 
