@@ -4,6 +4,7 @@
     python bench.py --out bench.jsonl                    the table, on the bundled model and our own prompts
     python bench.py --questions question.jsonl --model FOLDER          on Spec-Bench's questions
     python bench.py --figures results/figures            the figures of the paper's sections 3 and 5, and two more
+    python bench.py --speed steps.md                     what a draft token, a verify pass and a DP cost (pip install transformers)
     python bench.py --synthetic llama3-8b                random weights of that shape: true speed, no sense
 
 Every method is a choice of what ``clasp`` skips or drafts, on the same loop. Each question is decoded by all in random
@@ -17,6 +18,7 @@ import statistics
 import sys
 import zlib
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,8 +31,7 @@ from exact import exact_width, full_pass
 from generate import BUNDLED, Parser, Text, choose_device, say, suggested_settings
 from model import Config, KVCache, Llama, ModelError, find_folder, load_model
 from packed import pack
-from speculative import (DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, SettingsError, Stats, autoregressive, candidate_layer,
-                         clasp, clock, optimize, prefill)
+from speculative import SettingsError, Stats, autoregressive, candidate_layer, clasp, clock, draft, optimize, pick, prefill
 
 # Written for this project; none is in the bundled model's training text.
 PROMPTS = {
@@ -92,14 +93,16 @@ class Target:
     def __init__(self, args):
         device, dtype = choose_device(args.device, args.dtype)
         if args.synthetic:
-            self.model, self.text, self.stop = pack(synthetic(SHAPES[args.synthetic], args.residual, device, dtype)), None, ()
-            self.name, self.settings = f"{args.synthetic} with RANDOM WEIGHTS (residual {args.residual}; the text is noise)", {}
+            self.model, self.text, self.stop = synthetic(SHAPES[args.synthetic], args.residual, device, dtype), None, ()
+            self.name = f"{args.synthetic} with RANDOM WEIGHTS (residual {args.residual}; the text is noise)"
+            self.settings = suggested_settings(None)
         else:
             folder = find_folder(args.model)
-            self.text, self.model, self.settings = Text(folder), pack(load_model(folder, device, dtype)), suggested_settings(folder)
+            self.text, self.model, self.settings = Text(folder), load_model(folder, device, dtype), suggested_settings(folder)
             self.name, self.stop = folder.resolve().name, self.text.stop
+        self.bytes = sum(w.nbytes for w in self.model.parameters()) - (0 if self.model.head is None else self.model.embed.weight.nbytes)
+        pack(self.model)                                                # bytes: of weights read for one token
         self.layers = len(self.model.layers)
-        self.settings = dict(skip_layers=None, draft_length=DRAFT_LENGTH, exit_threshold=EXIT_THRESHOLD, opt_interval=OPT_INTERVAL) | self.settings
         self.settings |= {name: getattr(args, name) for name in self.settings if getattr(args, name) is not None}
         if self.settings["skip_layers"] is None:
             self.settings["skip_layers"] = self.layers // 2
@@ -111,8 +114,7 @@ class Target:
     def encode(self, turns: list[str]) -> list[int]:
         if self.text is None:                                  # no tokenizer: a word is a token
             return [zlib.crc32(word.encode()) % self.model.config.vocab_size for word in " ".join(turns).split()]
-        return (self.text.tokenizer.encode(self.text.render(turns), add_special_tokens=False).ids if self.chat
-                else self.text.encode(" ".join(turns), chat=False))
+        return self.text.encode(turns, bool(self.chat))
 
     def decode(self, tokens: list[int]) -> str:
         return self.text.tokenizer.decode(tokens) if self.text else " ".join(map(str, tokens))
@@ -458,6 +460,68 @@ def markov(target: Target, args, prompts, size: int = 10):
 
 
 @torch.inference_mode()
+def steps(target: Target, prompt: list[int], repeat: int) -> dict[str, float]:
+    """Seconds of each kind of work after a prompt, medians of ``repeat`` interleaved runs."""
+    model, m, k, layers = target.model, target.settings["skip_layers"], target.settings["draft_length"], target.layers
+    now, width, n, half = clock(model), exact_width(model, k + 1), len(prompt), layers // 2
+    cache = KVCache(model, n + 8, max(width, 8))
+    hidden = prefill(model, cache, prompt)
+    one, greedy = partial(select_layers, smallest=m), partial(pick, temperature=0, top_p=1, rng=None)
+    skip, state = optimize(model, cache, hidden, m, one).skip_sets[0], hidden[None, -1:]
+    work = {"plain step": lambda: full_pass(model, cache, [0], None)[1].argmax().item(),
+            "verify pass": lambda: full_pass(model, cache, [0] * (k + 1), width)[1].argmax(-1).tolist(),
+            "8 rows": lambda: full_pass(model, cache, [0] * 8, None)[1].argmax(-1).tolist(),
+            "head": lambda: model.logits(state).argmax().item(),
+            "draft token": lambda: draft(model, cache, 0, skip, 1, 0.0, greedy, ()),
+            "DP": lambda: optimize(model, cache, hidden, m, one),
+            f"DP, M = {half}": lambda: optimize(model, cache, hidden, half, partial(select_layers, smallest=half)),
+            "DP, every M": lambda: optimize(model, cache, hidden, m),
+            "DP, cell by cell": lambda: optimize(model, cache, hidden, m, select_layers_plain)}
+    times = defaultdict(list)
+    for _ in range(repeat + 2):
+        for name, do in work.items():
+            cache.length = n
+            start = now()
+            do()
+            times[name].append(now() - start)
+    return {name: statistics.median(taken[2:]) for name, taken in times.items()}
+
+
+@torch.inference_mode()
+def speed(target: Target, args, prompt: list[int]) -> str:
+    """What each step costs beside a plain one, and a plain one beside reading its weights and beside transformers."""
+    model, now, count = target.model, clock(target.model), 48
+    t = steps(target, prompt, max(args.repeat, 9))
+    ours, theirs, reads, other, big = [], [], [], None, torch.zeros(2 ** 26, device=model.embed.weight.device)
+    if target.text:
+        from transformers import AutoModelForCausalLM
+        like = model.embed.weight
+        other = AutoModelForCausalLM.from_pretrained(target.text.folder, dtype=like.dtype).to(like.device)
+    for _ in range(max(args.repeat, 5) + 1):
+        start = now()
+        big.sum()
+        reads.append(big.nbytes / (now() - start))
+        if other:
+            start = now()
+            list(autoregressive(model, prompt[:4], count))
+            ours.append(now() - start)
+            start = now()
+            other.generate(torch.tensor([prompt[:4]], device=like.device), max_new_tokens=count, min_new_tokens=count, do_sample=False)
+            theirs.append(now() - start)
+    step, share = t["plain step"], (t["plain step"] - t["head"]) * (1 - target.settings["skip_layers"] / target.layers) + t["head"]
+    rows = [(name, f"{1e3 * taken:.2f} ms", f"{taken / step:.2f}", f"{taken / t['verify pass']:.2f}") for name, taken in t.items()]
+    out = [f"# Steps: {target.name}\n\n{target.where}; settings {target.settings}; after {len(prompt)} tokens; medians of interleaved runs.\n",
+           "| | time | plain steps | verify passes |\n|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows),
+           f"\nA plain step reads {target.bytes / 1e6:.0f} MB at {target.bytes / step / 1e9:.1f} GB/s; the best of {len(reads)} sums over 268 MB "
+           f"read {max(reads) / 1e9:.1f} GB/s: {target.bytes / step / max(reads):.2f} of it. A draft token costs {t['draft token'] / share:.2f} of its "
+           "share of the layers and the head."]
+    if other:
+        out.append(f"\nPlain decoding is {statistics.median(t / o for t, o in zip(theirs[1:], ours[1:])):.2f}x as fast as "
+                   f"transformers' generate ({count} tokens after 4, {len(ours) - 1} pairs).")
+    return "\n".join(out) + "\n"
+
+
+@torch.inference_mode()
 def breakdown(target: Target, args, prompts):
     """Fig. 3c: shares of the time, and one run of the programme, packed and cell by cell, in verify passes."""
     runs = [target.run(paper, prompt, args.max_new_tokens) for prompt in prompts[:6] for _ in range(3)]
@@ -465,20 +529,9 @@ def breakdown(target: Target, args, prompts):
     rows = [{"what": part, "value": sum(getattr(stats, f"{part}_seconds") for stats, _ in runs) / wall, "unit": "share of decoding"}
             for part in ("draft", "verify", "optimize")]
     rows.append({"what": "rest", "value": 1 - sum(column(rows, "value")), "unit": "share of decoding"})
-    model, budget, now = target.model, target.settings["skip_layers"], clock(target.model)
-    width, prompt = exact_width(model, target.settings["draft_length"] + 1), prompts[0]
-    cache = KVCache(model, len(prompt) + 1, width)
-    hidden, n = prefill(model, cache, prompt), len(prompt)
-    times = defaultdict(list)
-    for _ in range(9):
-        for name, work in (("verify pass", lambda: full_pass(model, cache, [0], width)),
-                           ("programme, packed rows", lambda: optimize(model, cache, hidden, budget)),
-                           ("programme, cell by cell", lambda: optimize(model, cache, hidden, budget, select_layers_plain))):
-            start, cache.length = now(), n
-            work()
-            times[name].append(now() - start)
-    unit = statistics.median(times["verify pass"])
-    rows += [{"what": name, "value": statistics.median(taken) / unit, "unit": "verify passes"} for name, taken in times.items()]
+    times = steps(target, prompts[0], 9)
+    rows += [{"what": name, "value": times[key] / times["verify pass"], "unit": "verify passes"} for name, key in (
+        ("verify pass", "verify pass"), ("programme, packed rows", "DP"), ("programme, cell by cell", "DP, cell by cell"))]
 
     def draw(axes):
         bars = axes.barh([f"{row['what']}\n({row['unit']})" for row in rows][::-1], column(rows, "value")[::-1], color=["C4"] * 3 + ["C0"] * 4)
@@ -566,6 +619,7 @@ def arguments(argv: list[str] | None):
             ("draft-length", None, "K", int, None), ("exit-threshold", None, "X", float, None), ("opt-interval", None, "N", int, None),
             ("device", None, "cpu|cuda|cuda:N|mps", str, None), ("seed", 0, "S", int, None),
             ("out", "bench.jsonl", "FILE", Path, "results, one a line; the table goes beside it as .md and .csv; default: %(default)s"),
+            ("speed", None, "FILE", Path, "time the steps instead (plain, verify, draft, DP; transformers), into a Markdown file"),
             ("figures", None, "DIR", Path, "draw the figures into DIR instead of the table")):
         parser.add_argument(f"--{name}", default=default, metavar=metavar, type=kind, help=text)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
@@ -578,7 +632,11 @@ def main(argv: list[str] | None = None) -> int:
         args = arguments(argv)
         questions, target = read_questions(args), Target(args)
         say(f"{target.name}; {target.where}; {target.settings}")
-        if args.figures:
+        if args.speed:
+            text = speed(target, args, target.encode([questions[-1][2][0]]))
+            args.speed.write_text(text, encoding="utf-8")
+            print(text)
+        elif args.figures:
             prompts = [target.encode(turns[:1]) for _, _, turns in questions]
             random.Random(args.seed).shuffle(prompts)
             for figure in (persistence, markov, breakdown, sweeps, heat_map):

@@ -96,12 +96,13 @@ class Text:
                 self.stop = set(ids)
                 break
 
-    def encode(self, prompt: str, chat: bool) -> list[int]:
-        """Token ids; begin-of-text comes from the template, or as the tokenizer's files say."""
+    def encode(self, prompt: str | list[str], chat: bool) -> list[int]:
+        """Token ids of a text, or of a talk's turns; begin-of-text comes from the template, or as the tokenizer's files say."""
+        turns = [prompt] if isinstance(prompt, str) else prompt
         if chat:
-            return self.tokenizer.encode(self.render([prompt]), add_special_tokens=False).ids
+            return self.tokenizer.encode(self.render(turns), add_special_tokens=False).ids
         add_begin = self.config.get("add_bos_token")           # if unset, tokenizer.json's own rule holds
-        ids = self.tokenizer.encode(prompt, add_special_tokens=add_begin is not False).ids
+        ids = self.tokenizer.encode(" ".join(turns), add_special_tokens=add_begin is not False).ids
         begin = self.tokenizer.token_to_id(self.special.get("bos_token", ""))
         return [begin, *ids] if add_begin and begin is not None and ids[:1] != [begin] else ids
 
@@ -181,10 +182,10 @@ def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, to
     return device, getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
-def suggested_settings(folder: Path) -> dict:
+def suggested_settings(folder: Path | None) -> dict:
     """clasp's four settings: from "clasp" in the model's generation_config.json, where it has them, else the defaults."""
     settings = {"skip_layers": None, "draft_length": DRAFT_LENGTH, "exit_threshold": EXIT_THRESHOLD, "opt_interval": OPT_INTERVAL}
-    suggested = read_json(folder / "generation_config.json").get("clasp", {})
+    suggested = read_json(folder / "generation_config.json").get("clasp", {}) if folder else {}
     if not (isinstance(suggested, dict) and suggested.keys() <= settings.keys()
             and all(isinstance(value, int | float if name == "exit_threshold" else int) for name, value in suggested.items())):
         raise ModelError(f"{folder / 'generation_config.json'}: clasp may give {', '.join(settings)} a (whole) number, nothing else")

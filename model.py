@@ -84,6 +84,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention: q (batch, heads, rows, head_dim); k, v (batch, kv_heads, slots, head_dim) -> q's shape.
+
+    mask (rows, slots) is added to the scores: 0 where a row may look, -inf elsewhere. None: a single row sees
+    everything, and of several, which then start at slot 0, each sees those up to itself.
+    """
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None and q.shape[2] > 1, enable_gqa=True)
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -100,6 +110,7 @@ class DecoderLayer(nn.Module):
     q, k, v are one matrix and so are gate and up: decoding one row is bound by launching kernels and
     reading weights, and two large products are cheaper than five small ones.
     """
+    attend = staticmethod(attention)
 
     def __init__(self, config: Config):
         super().__init__()
@@ -118,8 +129,7 @@ class DecoderLayer(nn.Module):
 
         cos, sin (rows, head_dim): RoPE at each row's position. ``store(k, v)`` puts the rows' keys and
         values into the cache and returns those of all slots; without it the rows are all there is.
-        mask (rows, slots) is added to the scores: 0 where a row may look, -inf elsewhere. None: a single
-        row sees everything, and of several, which then start at slot 0, each sees those up to itself.
+        mask (rows, slots): which of them a row sees, see ``attention``.
         """
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         # q, k and v are (batch, their heads, rows, head_dim); q and k are rotated as one
@@ -127,9 +137,7 @@ class DecoderLayer(nn.Module):
         q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
         if store is not None:
             k, v = store(k, v)                                 # (batch, kv_heads, slots, head_dim)
-        seen = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None and x.shape[1] > 1, enable_gqa=True)
-        x = x + self.o(seen.transpose(1, 2).flatten(2))
+        x = x + self.o(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 

@@ -33,16 +33,17 @@ class PackedLinear(nn.Module):
 
 
 class QuickNorm(nn.Module):
-    """RMSNorm in float32 as x / sqrt(|x|^2 + dim eps) * sqrt(dim) weight: 4 kernels, where a CPU's F.rms_norm takes 9."""
+    """RMSNorm as x / sqrt(|x|^2 + dim eps) * sqrt(dim) weight, in float32: 4 kernels, where a CPU's F.rms_norm takes 9."""
 
     def __init__(self, norm: RMSNorm):
         super().__init__()
         size = norm.weight.numel()
-        self.weight = norm.weight * size ** 0.5
+        self.weight = norm.weight.float() * size ** 0.5
         self.small = torch.tensor((size * norm.eps) ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.small) * self.weight
+        wide = x.float()
+        return (wide / torch.hypot(torch.linalg.vector_norm(wide, dim=-1, keepdim=True), self.small) * self.weight).to(x.dtype)
 
 
 class WeightFirstLinear(nn.Module):
@@ -66,17 +67,17 @@ def pack(model: Llama) -> Llama:
     weight = model.embed.weight
     if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return model
-    if weight.dtype == torch.float32:
-        def faster(w: Tensor) -> nn.Module:
-            return PackedLinear(w) if w.numel() >= LARGE else WeightFirstLinear(w)
-    elif weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        faster = PackedLinear
-    else:
-        return model
+    in_bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def faster(linear: nn.Linear) -> nn.Module:
+        if in_bfloat16 or (linear.weight.dtype == torch.float32 and linear.weight.numel() >= LARGE):
+            return PackedLinear(linear.weight)
+        return WeightFirstLinear(linear.weight) if linear.weight.dtype == torch.float32 else linear
+
     for layer in model.layers:
         for name in ("qkv", "o", "gate_up", "down"):
-            setattr(layer, name, faster(getattr(layer, name).weight))
-        if weight.dtype == torch.float32:
-            layer.attention_norm, layer.mlp_norm = QuickNorm(layer.attention_norm), QuickNorm(layer.mlp_norm)
-    model.head = faster((model.embed if model.head is None else model.head).weight)
+            setattr(layer, name, faster(getattr(layer, name)))
+        layer.attention_norm, layer.mlp_norm = QuickNorm(layer.attention_norm), QuickNorm(layer.mlp_norm)
+    if in_bfloat16 or weight.dtype == torch.float32:
+        model.head = faster(model.embed if model.head is None else model.head)
     return model

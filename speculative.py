@@ -14,6 +14,7 @@ agree with and is timed against. Both are generators: they yield token ids and k
 
 Exact to the last bit: every verify pass has one shape, see exact.py.
 """
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -167,7 +168,7 @@ def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, widt
     while stats.new_tokens < max_new_tokens:
         start = now()
         _, logits = full_pass(model, cache, [token], width)
-        token, _ = pick(logits[0], temperature, top_p, rng)
+        token = int(pick(logits[0], temperature, top_p, rng)[0])
         stats.seconds += now() - start
         stats.cycles += 1
         stats.tokens.append(token)
@@ -230,12 +231,14 @@ def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], lengt
     try:
         while len(tokens) < length:
             logits = model.logits(model(as_row(model, [token]), cache, skip)[-1])[0, 0]
-            if not logits.max().isfinite():            # fewer layers may overflow float16 where all do not
+            drawn, q = choose(logits.nan_to_num())
+            drawn, confidence = torch.stack((drawn, logits.float().softmax(-1).max())).tolist()    # waits for the device
+            if math.isnan(confidence):                 # fewer layers may overflow float16 where all do not
                 break
-            token, q = choose(logits)
+            token = int(drawn)
             tokens.append(token)
             distributions.append(q)
-            if token in stop or (exit_threshold > 0 and logits.float().softmax(-1).max() < exit_threshold):
+            if token in stop or confidence < exit_threshold:
                 break
     finally:
         cache.length = start
@@ -276,12 +279,12 @@ def accept_sampled(drafted: list[int], q: list[Tensor], p: Tensor, rng: torch.Ge
     return accepted, int(torch.multinomial(tail, 1, generator=rng))
 
 
-def pick(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> tuple[int, Tensor | None]:
-    """One token from logits (vocabulary,), and the distribution it was drawn from (None when greedy)."""
+def pick(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    """One token () from logits (vocabulary,), and the distribution it was drawn from (None when greedy)."""
     if temperature == 0:
-        return int(logits.argmax()), None
+        return logits.argmax(), None
     q = distribution(logits, temperature, top_p)
-    return int(torch.multinomial(q, 1, generator=rng)), q
+    return torch.multinomial(q, 1, generator=rng)[0], q
 
 
 def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
