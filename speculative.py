@@ -30,7 +30,7 @@ from model import BLOCK, KVCache, Llama
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly with it
 DRAFT_LENGTH = 4              # defaults by measurement, see README.md
 EXIT_THRESHOLD = 0.0
-OPT_INTERVAL = 16
+OPT_INTERVAL = 32
 
 
 @dataclass

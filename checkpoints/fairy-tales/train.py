@@ -45,7 +45,7 @@ CONFIG = Config(vocab_size=4096, hidden_size=256, intermediate_size=448, num_hid
                 rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True)
 ALWAYS = (0, 1, CONFIG.num_hidden_layers - 1)                    # never skipped while training
 MIDDLE = [i for i in range(CONFIG.num_hidden_layers) if i not in ALWAYS]
-SETTINGS = {"skip_layers": 17, "draft_length": 4, "exit_threshold": 0.0, "opt_interval": 32}   # by measurement
+SETTINGS = {"skip_layers": 17, "draft_length": 3, "exit_threshold": 0.0, "opt_interval": 64}   # by measurement
 TOKENS, LENGTH, FULL_LENGTH = 4096, 256, 512                     # a batch; an example, and in part 4
 HALF = [MIDDLE[round(i * (len(MIDDLE) - 1) / 9)] for i in range(10)]   # ten of the twenty, evenly
 PHASE_IN, CONSISTENCY = 0.3, 0.7                                 # fractions of the steps
