@@ -1,0 +1,91 @@
+"""Checks of problem 4: the same programme in L calls (shared with problem 3), and the layer that its rows go through."""
+import torch
+
+from checks.common import MarkedCache, Wrong, check, close, equal, marked_model
+from checks.problem3 import doubles, refuses, same_cosines, same_sets, ties, toy
+
+
+@check(5, "The sets it chooses")
+def sets():
+    same_sets("select_layers")
+
+
+@check(2, "The cosines that belong to the sets")
+def cosines():
+    same_cosines("select_layers")
+
+
+@check(1, "Ties, and budgets that cannot be")
+def tie():
+    ties("select_layers")
+    refuses("select_layers")
+
+
+@check(3, "One call for each layer")
+def calls():
+    from dp_skip import select_layers
+    for layers, budget in ((1, 1), (2, 1), (3, 1), (3, 3), (6, 2)):
+        layer, states = toy(layers, 0)
+        asked = []
+        with doubles():
+            select_layers(lambda i, rows: asked.append((i, tuple(rows.shape))) or layer(i, rows), states, budget)
+        expected = [(i, (min(i, budget), 4)) for i in range(1, layers)]
+        equal(asked, expected, "Each layer is called once, on all candidates j >= 1 packed as rows, M at most (j = 0 is the true "
+              "state and needs no call; before layer 0 there is no other)", f"L = {layers}, M = {budget}, calls (layer, shape of the rows)")
+
+
+def candidates(length: int, rows: int, given: int, layers=(1,)):
+    """What candidate_layer gives marked layers for ``given`` rows of the ``rows`` announced, over ``length`` cached tokens."""
+    from speculative import candidate_layer
+    calls, cache = [], MarkedCache(length)
+    llama = marked_model(calls)
+    layer = candidate_layer(llama, cache, rows)
+    x = torch.zeros(given, 8)
+    x[:, 0] = 100. + torch.arange(given)
+    for i in layers:
+        got = layer(i, x)
+        close(got[:, 0], x[:, 0] + 2. ** i, "layer(i, candidates) is decoder layer i on them: (m, dim) -> (m, dim)",
+              f"{length} cached tokens, {given} candidates marked 100, 101 ..., layer {i} adding 2^{i}", ("candidate",))
+        equal(tuple(got.shape), (given, 8), "layer(i, candidates) returns (m, dim)", f"{given} candidates, layer {i}: shape")
+    return calls, cache
+
+
+CASES = ((1, 1, 1), (3, 1, 1), (1, 2, 2), (3, 2, 2), (3, 3, 2))
+
+
+@check(4, "What a candidate sees")
+def sees():
+    for length, rows, given in CASES:
+        calls, _ = candidates(length, rows, given)
+        for r in range(given):
+            example = (f"{length} tokens in the cache (so p = {length - 1}), {rows} rows announced, {given} given: marks seen by "
+                       f"candidate {r}, old slots being marked by their number and candidate r by {100 + r}")
+            expected, got = [float(s) for s in range(length - 1)] + [100. + r], sorted(calls[0].sees[r])
+            others = [mark for mark in got if mark >= 100 and mark != 100 + r]
+            if others:
+                raise Wrong("A candidate must not see another: each stands for the same token in another draft model",
+                            f"{example}: it sees candidate {others[0] - 100:g}")
+            equal(got, expected, "A candidate sees the true keys and values of the positions before p, not those at p, and its own",
+                  example)
+
+
+@check(3, "The cache's valid part")
+def valid_part():
+    for length, rows, given in CASES:
+        _, cache = candidates(length, rows, given, layers=(1, 2))
+        equal(cache.length, length, "candidate_layer leaves cache.length as it was", f"{length} cached tokens, {given} candidates")
+        for i in (1, 2):
+            for slot in range(length):
+                equal(cache.slots[i][slot], float(slot), "The DP must not overwrite the true keys and values: candidates write "
+                      "behind the valid slots", f"{length} cached tokens, {given} candidates marked 100, 101 ...: mark in slot {slot} "
+                      f"of layer {i}")
+            equal(max(cache.slots[i]) < length + rows, True, "Candidates use the slots from cache.length on, one each",
+                  f"{length} cached tokens, {rows} candidates: highest slot written is {max(cache.slots[i])}")
+
+
+@check(2, "The candidates' position")
+def position():
+    for length, rows, given in CASES:
+        calls, _ = candidates(length, rows, given)
+        equal(calls[0].positions, [float(length - 1)] * given, "All candidates stand at the position of the last cached token, "
+              "p = cache.length - 1, wherever their slots are", f"{length} cached tokens, {given} candidates: positions")

@@ -1,0 +1,175 @@
+"""Write a student's repository: this project with the bodies of the assigned functions taken out.
+
+    python assignments/export.py OUT
+    python assignments/export.py OUT --problems 3,4      a shorter assignment, the rest solved
+
+What is taken out is the list in grade.py, cut from the core's own source: signature and docstring stay. What goes
+along is found too: generate.py and what it imports, the tests that need nothing else, the bundled checkpoint, the
+grader and the handout. Nothing else of the project does, so neither bench.py nor tools/ nor history gives a solution away.
+"""
+import argparse
+import ast
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from grade import PROBLEMS, numbers
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+# Problem 4 solved would give problem 3 away, being the same programme (not the reverse: it is meant to be derived from it).
+# So while 3 is to be written and 4 is not assigned, the plain form stands in, and a test that wants the fast one goes.
+STAND_IN = ("dp_skip", "select_layers", "return select_layers_plain(layer, states, budget)")
+NOT_FOR_STAND_IN = ("test_dp_skip.py", "test_fast_calls_each_layer_once_on_at_most_budget_rows")
+
+
+class Missing(Exception):
+    """The list in grade.py and the core's source do not fit together."""
+
+
+def find(tree: ast.Module, name: str) -> ast.FunctionDef:
+    """A function by its dotted name inside a module. Raises Missing."""
+    node = tree
+    for part in name.split("."):
+        inside = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part]
+        if len(inside) != 1:
+            raise Missing(f"{name}: found {len(inside)} times")
+        node = inside[0]
+    if not isinstance(node, ast.FunctionDef):
+        raise Missing(f"{name} is not a function")
+    return node
+
+
+def replace_bodies(source: str, bodies: dict[str, str]) -> str:
+    """Module source with the functions' bodies replaced by one statement each; docstrings and all else stay."""
+    tree, lines = ast.parse(source), source.splitlines()
+    functions = [(find(tree, name), statement) for name, statement in bodies.items()]
+    for node, statement in sorted(functions, key=lambda pair: -pair[0].lineno):
+        first = node.body[1] if ast.get_docstring(node, clean=False) is not None and len(node.body) > 1 else node.body[0]
+        start = node.body[0].end_lineno if first is not node.body[0] else header_end(node, lines)
+        lines[start:node.end_lineno] = [" " * node.body[0].col_offset + statement]
+    return "\n".join(lines) + "\n"
+
+
+def header_end(node: ast.FunctionDef, lines: list[str]) -> int:
+    """The line on which a signature ends, for a function without a docstring."""
+    end = max([node.lineno] + [n.end_lineno for n in ast.walk(node.args) if hasattr(n, "end_lineno")]
+              + ([node.returns.end_lineno] if node.returns else []))
+    if node.body[0].lineno <= end or not lines[end - 1].split("#")[0].rstrip().endswith(":"):
+        raise Missing(f"{node.name}: its body must begin on a line of its own, right after the signature")
+    return end
+
+
+def without(source: str, test: str) -> str:
+    """A test file's source without one of its functions, and the blank lines after it."""
+    node, lines = find(ast.parse(source), test), source.splitlines(keepends=True)
+    start = min([node.lineno] + [d.lineno for d in node.decorator_list]) - 1
+    return "".join(lines[:start] + lines[node.end_lineno + 2:])
+
+
+def imports(source: str) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def modules() -> list[str]:
+    """generate.py and the files of this project that it imports, directly or not."""
+    found, wanted = [], ["generate"]
+    while wanted:
+        name = wanted.pop()
+        if name not in found and (ROOT / f"{name}.py").exists():
+            found.append(name)
+            wanted += imports((ROOT / f"{name}.py").read_text())
+    return sorted(found)
+
+
+def tests(exported: list[str]) -> list[Path]:
+    """The test files that import nothing of the project but what is exported."""
+    elsewhere = {path.stem for folder in (ROOT, ROOT / "tools", HERE) for path in folder.glob("*.py")} - set(exported)
+    return [path for path in sorted((ROOT / "tests").glob("*.py")) if not imports(path.read_text()) & elsewhere]
+
+
+def handout(problems: list[int]) -> str:
+    """The handout, without the sections of problems that are not assigned."""
+    text = (HERE / "README.md").read_text()
+    for problem in set(PROBLEMS) - set(problems):
+        text, found = re.subn(rf"## Problem {problem}\b.*?(?=\n## )\n", "", text, flags=re.DOTALL)
+        if found != 1:
+            raise Missing(f"the handout has {found} sections on problem {problem}")
+    if len(problems) < len(PROBLEMS):
+        chosen = ", ".join(map(str, problems))
+        text = text.replace("\n## ", f"\n**This copy assigns problem{'s' * (len(problems) > 1)} {chosen}; the others are solved.**\n\n## ", 1)
+    return text
+
+
+def bodies(problems: list[int]) -> dict[str, dict[str, str]]:
+    """For each module, the functions that get another body and what that is."""
+    out = {}
+    for problem in problems:
+        for name in PROBLEMS[problem].functions:
+            module, function = name.split(".", 1)
+            out.setdefault(module, {})[function] = f'raise NotImplementedError("problem {problem}: {name}")'
+    if needs_stand_in(problems):
+        module, function, statement = STAND_IN
+        out[module][function] = statement
+    return out
+
+
+def needs_stand_in(problems: list[int]) -> bool:
+    return 3 in problems and 4 not in problems
+
+
+def export(out: Path, problems: list[int]):
+    """Write the student's repository into ``out``, a new or empty folder. Raises Missing before anything is written."""
+    exported, changed = modules(), bodies(problems)
+    sources = {name: (ROOT / f"{name}.py").read_text() for name in exported}
+    for module, functions in changed.items():
+        if module not in sources:
+            raise Missing(f"{module}.py is not among the exported files")
+        sources[module] = replace_bodies(sources[module], functions)
+    text = handout(problems)
+
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "train.py", "make.py")
+    (out / "tests").mkdir(parents=True)
+    for name, source in sources.items():
+        (out / f"{name}.py").write_text(source)
+    for path in tests(exported):
+        gone = NOT_FOR_STAND_IN[1] if needs_stand_in(problems) and path.name == NOT_FOR_STAND_IN[0] else None
+        (out / "tests" / path.name).write_text(without(path.read_text(), gone) if gone else path.read_text())
+    shutil.copytree(ROOT / "tests" / "golden", out / "tests" / "golden", ignore=ignore)
+    shutil.copytree(ROOT / "checkpoints", out / "checkpoints", ignore=ignore)
+    shutil.copytree(HERE / "checks", out / "checks", ignore=ignore)
+    for path in (ROOT / "LICENSE", ROOT / "requirements.txt", ROOT / ".gitignore", HERE / "grade.py", HERE / "leaderboard.py",
+                 HERE / "entry.py"):
+        shutil.copy(path, out)
+    (out / "README.md").write_text(text)
+    (out / "assignment.json").write_text(json.dumps({"problems": problems}) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write a student's repository.")
+    parser.add_argument("out", type=Path, help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--problems", type=numbers, default=list(PROBLEMS), metavar="N,N", help="default: all six")
+    args = parser.parse_args()
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"{args.out} exists and is not an empty folder")
+    try:
+        export(args.out, args.problems)
+    except Missing as error:
+        print(f"export.py: {error}: grade.py's list of problems and the source have drifted apart", file=sys.stderr)
+        return 2
+    count = sum(len(PROBLEMS[problem].functions) for problem in args.problems)
+    print(f"{args.out}: {count} functions to write in {len(args.problems)} problems")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
