@@ -82,19 +82,32 @@ def limit(seconds: int):
 def explain(error: BaseException, repo: str) -> str:
     """What a student's code raised, in one sentence with the place in the student's own file."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent == Path(repo)]
-    at = f", at {Path(frames[-1].filename).name}, line {frames[-1].lineno}, in {frames[-1].name}" if frames else ""
+    at = f", at {Path(frames[-1].filename).name}, line {frames[-1].lineno}{given(error, repo)}" if frames else ""
     said = " ".join(str(error).split())
     if isinstance(error, NotImplementedError) and frames:
         return f"not written yet: {said or frames[-1].name}"
     if isinstance(error, SyntaxError):
         return f"{Path(error.filename or '?').name} does not load, SyntaxError in line {error.lineno}: {error.msg}"
     if isinstance(error, MemoryError) or "allocate memory" in said:
-        return f"it asked for more than the {MEMORY >> 30} GiB of memory allowed here{at}"
+        return f"Your code asked for more than the {MEMORY >> 30} GiB of memory allowed here{at}"
     if isinstance(error, SystemExit):
-        return f"it called sys.exit{at}"
+        return f"Your code called sys.exit{at}"
     if isinstance(error, RecursionError):
-        return f"it calls itself without end{at}"
-    return f"it raised {type(error).__name__}{': ' + said[:300] if said else ''}{at}"
+        return f"Your code calls itself without end{at}"
+    return f"Your code raised {type(error).__name__}{': ' + said[:300] if said else ''}{at}"
+
+
+def given(error: BaseException, repo: str) -> str:
+    """The arguments of the student's function that the check called: the example on which it failed."""
+    from checks.common import show
+    step = error.__traceback__
+    while step and Path(step.tb_frame.f_code.co_filename).parent != Path(repo):
+        step = step.tb_next
+    code, values = step.tb_frame.f_code, step.tb_frame.f_locals
+    names = [name for name in code.co_varnames[:code.co_argcount] if name in values and name != "self"]
+    shown = ", ".join(f"{name} = {show(values[name])[:80]}" for name in names
+                      if hasattr(values[name], "shape") or isinstance(values[name], (int, float, list, tuple, set, frozenset)))
+    return f", in {code.co_name}({shown})"
 
 
 def child():
@@ -104,7 +117,8 @@ def child():
 
     import leaderboard                                         # these are the grader's own, whatever the solution's folder holds
     from checks import CHECKS, Wrong
-    torch.set_num_threads(1)
+    if job["problem"]:
+        torch.set_num_threads(1)                               # the leaderboard may use what the machine has
     out = open(job["results"], "w")
     limit(job["seconds"])
     sys.path.insert(0, job["repo"])
@@ -144,11 +158,11 @@ def run_child(problem: int, repo: Path, seconds: int) -> tuple[dict[str, dict], 
         process = subprocess.Popen(
             [sys.executable, str(HERE / "grade.py"), "--child"], cwd=repo, stdin=subprocess.PIPE, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"})
         try:
             process.communicate(json.dumps(job), timeout=seconds)
         except subprocess.TimeoutExpired:
-            how = f"did not end within {seconds} s"
+            how = f"did not come to an end within {seconds} s"
         finally:                                               # with whatever processes it may have started
             if hasattr(os, "killpg"):
                 try:
@@ -180,7 +194,7 @@ def grade(problem: int, repo: Path) -> list[Result]:
         passed = line.get("passed") is True
         message = line.get("message") or ""
         if "passed" not in line:
-            message = f"not reached, since check {fatal} {how}" if fatal else f"the code {how} during this check"
+            message = f"not reached: see check {fatal}" if fatal else f"Your code {how} in this check"
             fatal = fatal or check.number
         results.append(Result(check.number, check.title, check.points, passed, message))
     return results
@@ -251,7 +265,7 @@ def main() -> int:
     seconds = time.monotonic() - start
     if args.leaderboard:
         lines, how = run_child(0, repo, LEADERBOARD_SECONDS)
-        board = lines.get("0.1", {"passed": False, "message": f"nothing measured: the code {how}"})
+        board = lines.get("0.1", {"passed": False, "message": f"nothing measured: your code {how}"})
     if args.json:
         print(json.dumps(as_gradescope(results, seconds, board), indent=2))
     else:

@@ -29,6 +29,7 @@ def measure() -> dict:
     seconds, count = {"clasp": 0., "plain decoding": 0.}, {"new_tokens": 0, "cycles": 0, "drafted": 0, "accepted": 0}
     for round_ in range(ROUNDS + 1):
         for text, prompt, expected in zip(PROMPTS, prompts(), golden()["texts"]):
+            expected = expected[:TOKENS]
             for name in seconds:
                 stats, start = Stats(), time.perf_counter()
                 got = list(clasp(model, prompt, TOKENS, stats=stats, **settings) if name == "clasp"

@@ -75,7 +75,7 @@ def put():
         cache.length = 5                                       # put is told the slot, and this is not it
         k = 10. + torch.arange(rows).reshape(1, 1, rows, 1)
         got = cache.put(layer, slot, end, k, k + 10)
-        example = f"put(layer {layer}, slot {slot}, end {end}) of {rows} rows into 6 slots"
+        example = f"put(layer {layer}, slot {slot}, end {end}) of {tuple(k.shape)} into 6 slots"
         for name, row, held, back, fill in (("keys", k, cache.keys, got[0], -1.), ("values", k + 10, cache.values, got[1], -2.)):
             expected = torch.full((6,), fill)
             expected[slot:slot + rows] = row.flatten()

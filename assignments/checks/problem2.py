@@ -35,7 +35,7 @@ def states():
 def no_cache():
     for rows in (1, 3):
         _, calls = forward([1, 2, 3][:rows])
-        example = f"{rows} tokens, no cache, layer 0"
+        example = f"tokens {[1, 2, 3][:rows]}, no cache, layer 0"
         equal(calls[0].positions, [float(r) for r in range(rows)], "Without a cache row r stands at position r", f"{example}, positions")
         equal(calls[0].sees, [[100.0 * (s + 1) for s in range(r + 1)] for r in range(rows)],
               "Without a cache row r sees rows 0 to r", f"{example}, rows seen, by their marks")
@@ -46,7 +46,7 @@ def with_cache():
     for start, rows in ((0, 1), (0, 2), (3, 1), (3, 2)):
         cache = MarkedCache(start)
         _, calls = forward([1, 2][:rows], {2}, cache)
-        example = f"{start} tokens in the cache, {rows} new"
+        example = f"cache.length {start}, tokens {[1, 2][:rows]}"
         equal(cache.length, start + rows, "forward moves cache.length on by the rows it was given, once", f"{example}, cache.length")
         for call in calls:
             where = f"{example}, layer {call.layer}"
@@ -69,7 +69,7 @@ def wider():
         put = cache.put
         cache.put = lambda layer, slot, end, k, v: seen.append(end) or put(layer, slot, end, k, v)
         _, calls = forward([1, 2][:rows], (), cache, slots=8)
-        example = f"slots = 8, {start} tokens in the cache, {rows} new, layer 0"
+        example = f"slots = 8, cache.length {start}, tokens {[1, 2][:rows]}, layer 0"
         equal(seen[0], 8, "Attention reads as many slots as it is told to", f"{example}, slots read")
         for r in range(rows):
             equal(sorted(calls[0].sees[r]), sorted([float(s) for s in range(start)] + [100. * (s + 1) for s in range(r + 1)]),

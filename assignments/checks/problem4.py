@@ -2,10 +2,10 @@
 import torch
 
 from checks.common import MarkedCache, Wrong, check, close, equal, marked_model
-from checks.problem3 import doubles, refuses, same_cosines, same_sets, ties, toy
+from checks.problem3 import doubles, overflow, refuses, same_cosines, same_sets, ties, toy
 
 
-@check(5, "The sets it chooses")
+@check(4, "The sets it chooses")
 def sets():
     same_sets("select_layers")
 
@@ -15,9 +15,10 @@ def cosines():
     same_cosines("select_layers")
 
 
-@check(1, "Ties, and budgets that cannot be")
+@check(1, "Ties, overflow, and budgets that cannot be")
 def tie():
     ties("select_layers")
+    overflow("select_layers")
     refuses("select_layers")
 
 
@@ -34,6 +35,24 @@ def calls():
               "state and needs no call; before layer 0 there is no other)", f"L = {layers}, M = {budget}, calls (layer, shape of the rows)")
 
 
+@check(1, "One budget only")
+def smallest():
+    from dp_skip import select_layers
+    for layers, budget, least in ((2, 1, 1), (3, 2, 1), (3, 2, 2), (6, 4, 4), (6, 4, 2), (4, 4, 4)):
+        layer, states = toy(layers, 0)
+        ran = []
+        with doubles():
+            every = select_layers(layer, states, budget)
+            some = select_layers(lambda i, rows: ran.append(len(rows)) or layer(i, rows), states, budget, least)
+        example = f"L = {layers}, M = {budget}, smallest = {least}, layer, states = toy({layers}, 0) of checks/problem3.py"
+        equal(len(some.skip_sets), budget - least + 1, "With smallest the lists hold budgets smallest .. M", f"{example}, number of sets")
+        equal(some.skip_sets, every.skip_sets[least:], "smallest changes which sets are found, and not what they are", f"{example}, choices")
+        close(torch.tensor(some.cosines), every.cosines[least:], "smallest changes which cosines are found, and not what they are", example, ("set",))
+        needed = sum(1 for i in range(2, layers + 1) for j in range(max(1, least - layers + i), min(i - 1, budget) + 1))
+        equal(sum(ran), needed, "With smallest no row runs from which so many layers can no longer be skipped: cells with "
+              "j >= smallest - (L - i) are left", f"{example}, rows run in all")
+
+
 def candidates(length: int, rows: int, given: int, layers=(1,)):
     """What candidate_layer gives marked layers for ``given`` rows of the ``rows`` announced, over ``length`` cached tokens."""
     from speculative import candidate_layer
@@ -45,9 +64,13 @@ def candidates(length: int, rows: int, given: int, layers=(1,)):
     for i in layers:
         got = layer(i, x)
         close(got[:, 0], x[:, 0] + 2. ** i, "layer(i, candidates) is decoder layer i on them: (m, dim) -> (m, dim)",
-              f"{length} cached tokens, {given} candidates marked 100, 101 ..., layer {i} adding 2^{i}", ("candidate",))
+              f"cache.length {length}, candidates marked {marks(given)}, layer {i} adding 2^{i}", ("candidate",))
         equal(tuple(got.shape), (given, 8), "layer(i, candidates) returns (m, dim)", f"{given} candidates, layer {i}: shape")
     return calls, cache
+
+
+def marks(given: int) -> str:
+    return " and ".join(str(100 + r) for r in range(given))
 
 
 CASES = ((1, 1, 1), (3, 1, 1), (1, 2, 2), (3, 2, 2), (3, 3, 2))
@@ -58,8 +81,8 @@ def sees():
     for length, rows, given in CASES:
         calls, _ = candidates(length, rows, given)
         for r in range(given):
-            example = (f"{length} tokens in the cache (so p = {length - 1}), {rows} rows announced, {given} given: marks seen by "
-                       f"candidate {r}, old slots being marked by their number and candidate r by {100 + r}")
+            example = (f"cache.length {length} (so p = {length - 1}), candidates marked {marks(given)}, old slots by their number: marks "
+                       f"seen by candidate {r}")
             expected, got = [float(s) for s in range(length - 1)] + [100. + r], sorted(calls[0].sees[r])
             others = [mark for mark in got if mark >= 100 and mark != 100 + r]
             if others:
@@ -73,14 +96,14 @@ def sees():
 def valid_part():
     for length, rows, given in CASES:
         _, cache = candidates(length, rows, given, layers=(1, 2))
-        equal(cache.length, length, "candidate_layer leaves cache.length as it was", f"{length} cached tokens, {given} candidates")
+        equal(cache.length, length, "candidate_layer leaves cache.length as it was", f"cache.length {length}, candidates {given}")
         for i in (1, 2):
             for slot in range(length):
                 equal(cache.slots[i][slot], float(slot), "The DP must not overwrite the true keys and values: candidates write "
-                      "behind the valid slots", f"{length} cached tokens, {given} candidates marked 100, 101 ...: mark in slot {slot} "
+                      "behind the valid slots", f"cache.length {length}, candidates marked {marks(given)}: mark in slot {slot} "
                       f"of layer {i}")
             equal(max(cache.slots[i]) < length + rows, True, "Candidates use the slots from cache.length on, one each",
-                  f"{length} cached tokens, {rows} candidates: highest slot written is {max(cache.slots[i])}")
+                  f"cache.length {length}, candidates {rows}: highest slot written is {max(cache.slots[i])}")
 
 
 @check(2, "The candidates' position")
@@ -88,4 +111,4 @@ def position():
     for length, rows, given in CASES:
         calls, _ = candidates(length, rows, given)
         equal(calls[0].positions, [float(length - 1)] * given, "All candidates stand at the position of the last cached token, "
-              "p = cache.length - 1, wherever their slots are", f"{length} cached tokens, {given} candidates: positions")
+              "p = cache.length - 1, wherever their slots are", f"cache.length {length}, candidates {given}: positions")

@@ -20,7 +20,8 @@ VOCABULARY, LAYERS = 7, 4
 @functools.lru_cache(maxsize=100_000)
 def state(history: tuple[int, ...], skip: frozenset = frozenset(), layer: int = LAYERS) -> tuple[float, ...]:
     """Hidden state h_layer after these tokens. The last one is the logits."""
-    return tuple(random.Random(f"{history} {sorted(skip)} {layer}").gauss(0, 1) for _ in range(VOCABULARY))
+    chance = random.Random(f"{history} {sorted(skip)} {layer}")
+    return tuple(chance.gauss(0, 1) for _ in range(VOCABULARY))
 
 
 def double():
@@ -156,7 +157,7 @@ def play(prompt, count, script, *, drafts=None, own=None, **settings):
             x[:, :, cache.length:cache.length + length] = 6.
         return tokens, [torch.full((VOCABULARY,), float(token)) for token in tokens]
 
-    def optimizer(model, cache, hidden, budget, *_):
+    def optimizer(model, cache, hidden, budget, *_, **__):
         if not isinstance(hidden, torch.Tensor):
             raise Wrong("The optimizer gets the hidden states of a token, (L+1, dim)", f"optimisation {len(seen.optimized)}: got {show(hidden)}")
         seen.optimized.append(SimpleNamespace(at=cache.length, hidden=hidden.clone(), budget=budget, written=len(seen.tokens)))
@@ -231,7 +232,10 @@ def drafted():
         equal(ask.length, min(3, left - 1), "A draft is at most K tokens, and one fewer than are left to write, since the verifier "
               "adds one of its own", f"{example}, {left} tokens left: length")
         equal((ask.threshold, set(ask.stop)), (0.5, {99}), "The exit threshold and the stop tokens are handed on to draft", f"{example}")
-    equal(len(seen.asked) > 0, True, "There is a draft in each cycle once layers are chosen", "12 new tokens: drafts asked for")
+    for prompt, expected in (([1, 2, 3], 0), ([1], 1)):
+        seen = play(prompt, 12, [0, 0, 0])
+        equal(seen.asked[0].at - len(prompt) + 1 if seen.asked else None, expected, "There is a draft in every cycle once layers are chosen: "
+              "from the first on, or with a prompt of one token from the second", f"prompt {prompt}, nothing accepted: cycle of the first draft")
 
 
 @check(3, "When and on what the DP runs")
