@@ -49,8 +49,8 @@ def smallest():
         equal(some.skip_sets, every.skip_sets[least:], "smallest changes which sets are found, and not what they are", f"{example}, choices")
         close(torch.tensor(some.cosines), every.cosines[least:], "smallest changes which cosines are found, and not what they are", example, ("set",))
         needed = sum(1 for i in range(2, layers + 1) for j in range(max(1, least - layers + i), min(i - 1, budget) + 1))
-        equal(sum(ran), needed, "With smallest no row runs from which so many layers can no longer be skipped: cells with "
-              "j >= smallest - (L - i) are left", f"{example}, rows run in all")
+        equal(sum(ran), needed, "With smallest only cells with j >= smallest - (L - i) are computed: from the others too "
+              "few layers follow", f"{example}, rows run in all")
 
 
 def candidates(length: int, rows: int, given: int, layers=(1,)):
