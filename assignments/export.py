@@ -25,6 +25,14 @@ ROOT = HERE.parent
 STAND_IN = ("dp_skip", "select_layers", "return Selection(*(all_budgets[smallest:] for all_budgets in select_layers_plain(layer, states, budget)))")
 NOT_FOR_STAND_IN = ("test_dp_skip.py", "test_fast_calls_each_layer_once_on_at_most_budget_rows")
 
+# A file that gives problem 1 away by a faster way of writing it; decoding is right without it, and generate.py wants its name.
+SLOW_PACKED = '''"""The project's own file makes products of few rows faster, and shows how a norm is written: this one changes nothing."""
+
+
+def pack(model):
+    return model
+'''
+
 
 class Missing(Exception):
     """The list in grade.py and the core's source do not fit together."""
@@ -135,6 +143,9 @@ def export(out: Path, problems: list[int]):
         if module not in sources:
             raise Missing(f"{module}.py is not among the exported files")
         sources[module] = replace_bodies(sources[module], functions)
+    if 1 in problems:
+        find(ast.parse(sources["packed"]), "pack")
+        sources["packed"] = SLOW_PACKED
     text = handout(problems)
 
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "train.py", "make.py")

@@ -44,7 +44,8 @@ class Problem(NamedTuple):
 # The one list of what is assigned: export.py removes these bodies.
 PROBLEMS = {
     1: Problem("RMSNorm, RoPE and cached grouped-query attention",
-               ["model.RMSNorm.forward", "model.rope_table", "model.rotate", "model.KVCache.put", "model.DecoderLayer.forward"]),
+               ["model.RMSNorm.forward", "model.rope_table", "model.rotate", "model.KVCache.put", "model.attention",
+                "model.DecoderLayer.forward"]),
     2: Problem("A decoder that skips layers", ["model.Llama.forward", "model.Llama.logits"]),
     3: Problem("The dynamic programme, cell by cell",
                ["dp_skip.distances", "dp_skip.walk_back", "dp_skip.select_layers_plain"]),

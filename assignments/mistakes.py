@@ -98,16 +98,40 @@ def put(wrong):
     return put
 
 
-@solves("model.DecoderLayer.forward", "key-value heads in the wrong order", "scores not scaled", "keys cached before rotation",
-        "values rotated", "query not rotated", "no causal mask", "a single row sees itself only", "SiLU on up", "mask forgotten",
-        "no residual around attention", "feed-forward block beside attention", "norm on the residual too")
+@solves("model.attention", "key-value heads in the wrong order", "scores not scaled", "no causal mask", "a single row sees itself only",
+        "mask forgotten", "softmax over the rows")
+def attention(wrong):
+    def attention(q, k, v, mask):
+        rows, groups = q.shape[2], q.shape[1] // k.shape[1]
+        if wrong == "key-value heads in the wrong order":
+            k, v = k.repeat(1, groups, 1, 1), v.repeat(1, groups, 1, 1)
+        else:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = q @ k.transpose(-1, -2) / (1 if wrong == "scores not scaled" else math.sqrt(q.shape[-1]))
+        if mask is not None and wrong != "mask forgotten":
+            scores = scores + mask
+        elif mask is None and rows > 1 and wrong != "no causal mask":
+            later = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, -math.inf)
+        elif mask is None and wrong == "a single row sees itself only":
+            scores[..., :-1] = -math.inf
+        return scores.softmax(-2 if wrong == "softmax over the rows" else -1) @ v
+    return attention
+
+
+@solves("model.DecoderLayer.forward", "keys before queries in qkv", "keys cached before rotation", "values rotated", "query not rotated",
+        "mask not handed on", "what store returns not used", "SiLU on up", "no residual around attention",
+        "feed-forward block beside attention", "norm on the residual too")
 def decoder_layer(wrong):
     def forward(self, x, cos, sin, mask=None, store=None):
-        rows, h, kv, d = x.shape[1], self.heads, self.kv_heads, self.head_dim
+        h, kv, d = self.heads, self.kv_heads, self.head_dim
         normed = self.attention_norm(x)
         if wrong == "norm on the residual too":
             x = normed
-        q, k, v = self.qkv(normed).split((h * d, kv * d, kv * d), dim=-1)
+        if wrong == "keys before queries in qkv":
+            k, q, v = self.qkv(normed).split((kv * d, h * d, kv * d), dim=-1)
+        else:
+            q, k, v = self.qkv(normed).split((h * d, kv * d, kv * d), dim=-1)
         q, k, v = (t.reshape(*t.shape[:2], -1, d).permute(0, 2, 1, 3) for t in (q, k, v))
         unturned = k
         if wrong != "query not rotated":
@@ -116,21 +140,11 @@ def decoder_layer(wrong):
         if wrong == "values rotated":
             v = model_module.rotate(v, cos, sin)
         if store is not None:
-            k, v = store(unturned if wrong == "keys cached before rotation" else k, v)
-        if wrong == "key-value heads in the wrong order":
-            k, v = k.repeat(1, h // kv, 1, 1), v.repeat(1, h // kv, 1, 1)
-        else:
-            k, v = k.repeat_interleave(h // kv, dim=1), v.repeat_interleave(h // kv, dim=1)
-        scores = q @ k.transpose(-1, -2) / (1 if wrong == "scores not scaled" else math.sqrt(d))
-        if mask is not None and wrong != "mask forgotten":
-            scores = scores + mask
-        elif mask is None and rows > 1 and wrong != "no causal mask":
-            later = torch.ones(rows, rows, dtype=torch.bool).triu(1)
-            scores = scores.masked_fill(later, -math.inf)
-        elif mask is None and wrong == "a single row sees itself only":
-            scores[..., :-1] = -math.inf
-        attention = self.o((scores.softmax(-1) @ v).permute(0, 2, 1, 3).reshape(*x.shape[:2], -1))
-        before, x = x, attention if wrong == "no residual around attention" else x + attention
+            kept = store(unturned if wrong == "keys cached before rotation" else k, v)
+            k, v = (k, v) if wrong == "what store returns not used" else kept
+        seen = self.attend(q, k, v, None if wrong == "mask not handed on" else mask)
+        heads = self.o(seen.permute(0, 2, 1, 3).reshape(*x.shape[:2], -1))
+        before, x = x, heads if wrong == "no residual around attention" else x + heads
         gate, up = self.gate_up(self.mlp_norm(before if wrong == "feed-forward block beside attention" else x)).chunk(2, -1)
         if wrong == "SiLU on up":
             gate, up = up, gate
@@ -368,7 +382,7 @@ def accept_sampled(wrong):
 # ---------------------------------------------------------------------------- problem 6
 
 @solves("speculative.draft", "cache.length not put back", "the token below the threshold dropped", "confidence of the token drawn",
-        "the same token fed again", "threshold after one token more", "stop ignored", "drafted by the whole model", "one token too many")
+        "the same token fed again", "threshold after one token more", "stop ignored", "a tensor looked up in stop", "drafted by the whole model", "one token too many")
 def draft(wrong):
     def draft(model, cache, token, skip, length, exit_threshold, choose, stop):
         n, tokens, q, fed, sure = cache.length, [], [], token, True
@@ -380,9 +394,10 @@ def draft(wrong):
             sure = confidence >= exit_threshold
             if not sure and wrong == "the token below the threshold dropped":
                 break
-            tokens.append(drawn)
+            tokens.append(int(drawn))
             q.append(distribution)
-            if not (was_sure if wrong == "threshold after one token more" else sure) or drawn in stop and wrong != "stop ignored":
+            last = drawn if wrong == "a tensor looked up in stop" else int(drawn)
+            if not (was_sure if wrong == "threshold after one token more" else sure) or last in stop and wrong != "stop ignored":
                 break
             if wrong != "the same token fed again":
                 fed = drawn
@@ -465,7 +480,10 @@ def planted(chosen: dict[str, str]):
     """Put solutions in the core functions' places: {function: mistake, or ""}."""
     with contextlib.ExitStack() as stack:
         for name, wrong in chosen.items():
-            stack.enter_context(mock.patch(name, SOLUTIONS[name](wrong)))
+            solution = SOLUTIONS[name](wrong)
+            stack.enter_context(mock.patch(name, solution))
+            if name == "model.attention":                      # a layer has a name of its own for it
+                stack.enter_context(mock.patch("model.DecoderLayer.attend", staticmethod(solution)))
         yield
 
 

@@ -43,7 +43,7 @@ def rope_table():
           "bfloat16 has no 301", "cos in bfloat16, 302 positions, row 301", (None, "dimension"), tolerance=0.01)
 
 
-@check(3, "Rotation")
+@check(2, "Rotation")
 def rotate():
     from model import rotate as turn
     c0, s0, c1, s1 = .877583, .479426, -.416147, .909297       # of the angles 0.5 and 2
@@ -108,30 +108,43 @@ def run(layer, *args, **named):
         return layer(*args, **named)
 
 
-@check(3, "Which keys and values a query sees")
-def attention_sees():
+@check(3, "Attention alone")
+def attends():
+    from model import attention
+    v = torch.tensor([1., 10.]).reshape(1, 2, 1, 1)
+    close(attention(torch.zeros(1, 4, 1, 1), torch.zeros(1, 2, 1, 1), v, None).flatten(), [1., 1., 10., 10.], "Query head h reads "
+          "key-value head h // (heads / kv_heads), so that neighbours share one", "4 heads, 2 key-value heads with values 1 and 10, 1 row, "
+          "1 slot", ("head",))
+    v = torch.tensor([1., 3., 8.]).reshape(1, 1, 3, 1)
+    close(attention(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), v, None).flatten(), [1., 2., 4.], "With no mask, row r of several "
+          "sees rows 0 to r (with equal scores it takes the mean of their values)", "mask None, 3 rows whose values are 1, 3 and 8", ("row",))
+    close(attention(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 3, 1), v, None).flatten(), [4.], "With no mask a single row sees every slot",
+          "mask None, 1 row, 3 slots with values 1, 3 and 8", ("row",))
+    mask = torch.tensor([[0., -torch.inf, 0.], [-torch.inf, 0., 0.]])
+    close(attention(torch.zeros(1, 1, 2, 1), torch.zeros(1, 1, 3, 1), v, mask).flatten(), [4.5, 5.5], "The mask is added to the scores: a row "
+          "sees the slots where it is 0", "2 rows, 3 slots with values 1, 3 and 8, row 0 may see slots 0 and 2, row 1 slots 1 and 2", ("row",))
+    k, v = torch.tensor([[1., 0.], [0., 0.]])[None, None], torch.tensor([[1., 0.], [0., 0.]])[None, None]
+    close(attention(torch.tensor([2., 0.])[None, None, None], k, v, None)[0, 0, 0, :1], [.804422], "A score is q.k / sqrt(head_dim), and "
+          "the softmax goes over the slots", "query (2, 0), keys (1, 0) and (0, 0) with values 1 and 0, head_dim 2: the weight of the first", (None,))
+
+
+@check(2, "The layer's heads, and its mask")
+def layer_attends():
     layer, angles = bare_layer()
     layer.qkv.weight.data[12:] = torch.eye(8)[:4]              # values: head 0 is (x0, x1), head 1 (x2, x3); scores all 0
     layer.o.weight.data = torch.eye(8)
     x = torch.tensor([[[1., 2, 3, 4, 0, 0, 0, 0]]])
-    close(run(layer, x, *angles(1)) - x, [[[1., 2, 1, 2, 3, 4, 3, 4]]], "Query head h reads key-value head "
-          "h // (heads / kv_heads), so that neighbours share one", "4 heads of 2 dimensions, 2 key-value heads, whose values are "
-          "(1, 2) and (3, 4); what attention adds to x (1, 1, 8)", (None, "row", "dimension"))
-    x = torch.zeros(1, 3, 8)
-    x[0, :, 0] = torch.tensor([1., 3., 8.])
-    close((run(layer, x, *angles(3)) - x)[0, :, 0], [1., 2., 4.], "With no mask, row r sees rows 0 to r (here all scores are "
-          "equal, so it takes the mean of their values)", "mask None, 3 rows whose values are 1, 3 and 8", ("row",))
-    mask = torch.tensor([[0., -torch.inf, 0., -torch.inf], [-torch.inf, 0., 0., 0.]])
+    close(run(layer, x, *angles(1)) - x, [[[1., 2, 1, 2, 3, 4, 3, 4]]], "qkv holds all query heads, then all key heads, then all value "
+          "heads, and o gets the heads side by side", "4 heads of 2 dimensions, 2 key-value heads, whose values are (1, 2) and (3, 4); what "
+          "attention adds to x (1, 1, 8)", (None, "row", "dimension"))
     slots = torch.tensor([2., 4., 8., 12.]).reshape(1, 1, 4, 1).expand(1, 2, 4, 2)
-    x = torch.zeros(1, 2, 8)
-    close(run(layer, x, *angles(2), mask, lambda k, v: (slots, slots))[0, :, 0], [5., 8.], "The mask is added to the scores: "
-          "a row takes the mean of the slots where it is 0, if all scores are equal", "2 rows, 4 slots with values 2, 4, 8, 12, "
-          "row 0 may see slots 0 and 2, row 1 slots 1, 2 and 3", ("row",))
-    close(run(layer, x[:, :1], *angles(1), None, lambda k, v: (slots, slots))[0, :, 0], [6.5], "With no mask a single row sees "
-          "every slot that store returns", "mask None, 1 row, 4 slots with values 2, 4, 8, 12", ("row",))
+    mask, x = torch.tensor([[0., -torch.inf, 0., -torch.inf], [-torch.inf, 0., 0., 0.]]), torch.zeros(1, 2, 8)
+    close(run(layer, x, *angles(2), mask, lambda k, v: (slots, slots))[0, :, 0], [5., 8.], "The layer attends to what store returns, under the "
+          "mask it is given", "scores all equal, 2 rows, 4 slots with values 2, 4, 8, 12, row 0 may see slots 0 and 2, row 1 slots 1, 2 "
+          "and 3", ("row",))
 
 
-@check(3, "Scores, rotation and what is cached")
+@check(2, "Rotation, and what is cached")
 def attention_scores():
     layer, angles = bare_layer(norm=0.5)
     layer.qkv.weight.data[0:2] = torch.eye(8)[:2]              # query head 0, key head 0 and value head 0 are (x0, x1)
@@ -146,9 +159,9 @@ def attention_scores():
         calls.append((k, v))
         return keys, values
 
-    got = run(layer, x, *angles(1), None, store)
-    close((got - x)[0, 0, :1], [.804422], "A score is q.k / sqrt(head_dim), and the softmax goes over the slots that store "
-          "returns", "normed query (2, 0), keys (1, 0) and (0, 0) with values 1 and 0, head_dim 2: the weight of the first", (None,))
+    close((run(layer, x, *angles(1), None, store) - x)[0, 0, :1], [.804422], "The query comes from the normed x, and attention sees the keys "
+          "and values that store returns", "normed query (2, 0), keys (1, 0) and (0, 0) with values 1 and 0, head_dim 2: the weight of the "
+          "first", (None,))
     equal(len(calls), 1, "store is called once in a layer", "1 row: number of calls")
     x, calls[:] = torch.tensor([[[2., 4, 0, 0, 0, 0, 0, 0], [2., 4, 0, 0, 0, 0, 0, 0]]]), []
     cos, sin = torch.tensor([[1., 1.], [0., 0.]]), torch.tensor([[0., 0.], [-1., 1.]])

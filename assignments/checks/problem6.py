@@ -67,7 +67,7 @@ def best(history, skip=frozenset()) -> int:
 # ---------------------------------------------------------------------------- draft
 
 def greedy(logits):
-    return int(logits.argmax()), None
+    return logits.argmax(), None
 
 
 def expected_draft(text: list[int], skip, length: int) -> list[int]:
@@ -93,7 +93,7 @@ def drafts():
         equal(cache.length, len(text) - 1, "draft puts cache.length back, so that the verifier starts over from there",
               f"{example}, cache.length after")
     llama, marks = double(), iter(torch.tensor([[1.], [2.], [3.]]))
-    tokens, q = draft(llama, cache_of(llama, [3]), 4, frozenset({1}), 3, 0., lambda logits: (5, next(marks)), ())
+    tokens, q = draft(llama, cache_of(llama, [3]), 4, frozenset({1}), 3, 0., lambda logits: (torch.tensor(5), next(marks)), ())
     equal((tokens, [float(x) for x in q]), ([5, 5, 5], [1., 2., 3.]), "draft takes each token and its distribution q from choose(logits)",
           "a choose that says token 5 and distributions marked 1, 2, 3")
 
@@ -114,7 +114,7 @@ def exits():
         kept = next((i + 1 for i, confidence in enumerate(sure) if confidence < threshold), 4)
         equal(run(threshold), tokens[:kept], "A draft ends *after* the first token at which the draft model's top probability lies below "
               "exit_threshold, and keeps that token", f"threshold {threshold:.4f}, top probabilities {show([round(c, 4) for c in sure])}, tokens")
-    unlikely = lambda logits: (int(logits.argmin()), None)                                   # noqa: E731
+    unlikely = lambda logits: (logits.argmin(), None)                                        # noqa: E731
     threshold = torch.tensor(state(tuple(text), skip)).softmax(-1).max().item() * .999
     equal(len(run(threshold, choose=unlikely)) > 1, True, "The confidence is the top probability, not that of the token drawn",
           f"first step: top probability just above the threshold {threshold:.4f}, and an unlikely token drawn: goes on")
