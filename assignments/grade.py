@@ -95,6 +95,8 @@ def explain(error: BaseException, repo: str) -> str:
         return f"Your code called sys.exit{at}"
     if isinstance(error, RecursionError):
         return f"Your code calls itself without end{at}"
+    if not frames:
+        return f"The check could not use what your code returned ({type(error).__name__}: {said[:300]})"
     return f"Your code raised {type(error).__name__}{': ' + said[:300] if said else ''}{at}"
 
 
