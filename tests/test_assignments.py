@@ -87,7 +87,7 @@ def test_a_mistake_loses_points_in_its_own_problem_and_nowhere_else(name):
         failed = [r for r in mistakes.run({name: mistake}) if not r.passed]
         assert {int(r.number[0]) for r in failed} == {mistakes.problem_of(name)}, mistake
         for r in failed:                               # a property and an example, or where the code failed on what
-            assert re.fullmatch(r"\w.+\.\nSmallest example found: .+\.|Your code raised .+", r.message), r.message
+            assert re.fullmatch(r"\w.+\.\nSmallest example found: .+\.|Your code raised .+ line \d+, in \w+\(.*\)", r.message), r.message
 
 
 def test_there_are_enough_mistakes():
