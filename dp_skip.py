@@ -19,8 +19,8 @@ recovers the path by comparing vectors; here the choices are kept as bits.)
 uses: the cells of one i do not depend on each other, so each layer runs once on all of them, packed as rows
 (§3.6). This file knows tensors and a callable, not what a LLaMA is.
 """
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -60,47 +60,68 @@ def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
                      cosines(final, targets[-1]))
 
 
-def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0) -> Selection:
+def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0,
+                  costs: Sequence[int] | None = None) -> Selection:
     """The same in L calls of ``layer``, each on at most ``budget`` rows (§3.6). states (L+1, dim): h_0 .. h_L.
 
     smallest: the least budget whose set is wanted; the lists start with it. Cells from which so many layers can no
     longer be skipped are left out: for one budget M, (L-M) * M rows run in all, where every budget up to M takes
     M * (M-1) / 2 more. Nothing is read back to the host before the end.
-    Raises ValueError unless 0 <= smallest <= budget <= L.
+    costs: what leaving out each layer saves, whole numbers of at least 1, where that differs (past the paper); j then
+    counts what is saved, and there is a set for each sum from ``smallest`` to ``budget`` that some layers have.
+    Raises ValueError unless 0 <= smallest <= budget <= L (or the sum of the costs).
     """
-    layers = layer_count(states, budget, smallest)
-    targets = unit(states)
+    layers = layer_count(states, budget, smallest, costs)
+    costs, targets = tuple(costs or [1] * layers), unit(states)
+    columns, steps = cells_of(costs, budget, smallest), sources(costs, budget, smallest, states.device)
     never = targets.new_full((1,), torch.inf)                 # the distance of a choice that a cell does not have
-    survivors, low, columns = states[:1], 0, []               # of j = low, low + 1, ...; here g(0, 0)
-    for i in range(1, layers + 1):
-        before, low = low, max(0, smallest - (layers - i))
-        candidates = survivors[max(low, 1) - before:]
-        run = layer(i - 1, candidates) if len(candidates) else candidates
-        both = torch.cat((states[i:i + 1], run, survivors) if low == 0 else (run, survivors))
-        runs, cells = len(both) - len(survivors), min(i, budget) - low + 1
-        distance = distances(both, targets[i])
-        if_run, if_skip = distance[:runs], distance[runs:]
-        if runs < cells:
-            if_run = torch.cat((if_run, never))               # j = i cannot have run layer i,
-        if low == before:
-            if_skip = torch.cat((never, if_skip))             # j = 0 cannot have skipped it
-        skip = (if_run <= if_skip[:cells]).logical_not()
-        from_skip = runs - (low == before)                    # cell j skips from cell j - 1 of the column before
-        survivors = torch.where(skip[:, None], both[from_skip:from_skip + cells], both[:cells])
-        columns.append((low, skip))
-    table = torch.cat([skip for _, skip in columns]).tolist()
-    starts = [0, *itertools.accumulate(len(skip) for _, skip in columns)]
-    return Selection([walk_back(lambda i, j: table[starts[i - 1] + j - columns[i - 1][0]], layers, m)
-                      for m in range(smallest, budget + 1)], cosines(survivors, targets[-1]))
+    survivors, bits = states[:1], []                          # here g(0, 0)
+    for i, (rows, from_run, from_skip) in enumerate(steps):
+        candidates = survivors[rows]
+        run = layer(i, candidates) if len(candidates) else candidates
+        both = torch.cat((states[i + 1:i + 2], run, survivors))
+        distance = torch.cat((distances(both, targets[i + 1]), never))
+        skip = (distance[from_run] <= distance[from_skip]).logical_not() & (from_skip < len(both))
+        survivors = both[torch.where(skip, from_skip, from_run)]
+        bits.append(skip)
+    bits = iter(torch.cat(bits).tolist())
+    table = {(i, j): next(bits) for i, column in enumerate(columns[1:], 1) for j in column}
+    return Selection([walk_back(lambda i, j: table[i, j], layers, j, costs) for j in columns[-1]], cosines(survivors, targets[-1]))
 
 
-def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> frozenset[int]:
+def cells_of(costs: tuple[int, ...], budget: int, smallest: int) -> list[list[int]]:
+    """The j of every cell, for i = 0 .. L: what some of the first i layers save, if the others can bring it to ``smallest``."""
+    columns, left = [[0]], sum(costs)
+    for cost in costs:
+        left -= cost
+        columns.append(sorted({j + saved for j in columns[-1] for saved in (0, cost) if smallest - left <= j + saved <= budget}))
+    return columns
+
+
+@lru_cache(maxsize=16)
+def sources(costs: tuple[int, ...], budget: int, smallest: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each layer: the survivors it runs on, and where its cells' two choices stand among (h_i, run, survivors).
+
+    Behind these stands the choice that a cell does not have. Made once and kept on the device.
+    """
+    columns, steps = cells_of(costs, budget, smallest), []
+    for cost, before, cells in zip(costs, columns, columns[1:]):
+        running = [j for j in before if j in cells and j > 0]                # g(i, 0) is the true state: no need to
+        run = {0: 0} | {j: 1 + r for r, j in enumerate(running)}
+        skip = {j + cost: 1 + len(running) + s for s, j in enumerate(before)}
+        never = 1 + len(running) + len(before)
+        steps.append(tuple(torch.tensor(indices, dtype=torch.long, device=device) for indices in (
+            [before.index(j) for j in running], [run.get(j, never) for j in cells], [skip.get(j, never) for j in cells])))
+    return steps
+
+
+def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int, costs: Sequence[int] | None = None) -> frozenset[int]:
     """The set behind cell (layers, budget): follow the choices from the last layer to the first."""
     chosen, j = set(), budget
     for i in range(layers, 0, -1):
         if skipped(i, j):
             chosen.add(i - 1)
-            j -= 1
+            j -= costs[i - 1] if costs else 1
     return frozenset(chosen)
 
 
@@ -123,9 +144,11 @@ def cosines(rows: Tensor, target: Tensor) -> list[float]:
     return (1 - distances(rows, target).square() / 2).tolist()
 
 
-def layer_count(states: Tensor, budget: int, smallest: int = 0) -> int:
+def layer_count(states: Tensor, budget: int, smallest: int = 0, costs: Sequence[int] | None = None) -> int:
     """L, after checking that ``smallest`` to ``budget`` of L layers can be skipped."""
     layers = len(states) - 1
-    if layers < 1 or not 0 <= smallest <= budget <= layers:
+    if costs is not None and (len(costs) != layers or min(costs) < 1):
+        raise ValueError(f"{layers} layers need as many costs, of at least 1, not {list(costs)}")
+    if layers < 1 or not 0 <= smallest <= budget <= sum(costs or [1] * layers):
         raise ValueError(f"cannot skip {f'{smallest} to ' * bool(smallest)}{budget} of {layers} layers")
     return layers

@@ -47,6 +47,45 @@ def test_fast_and_plain_agree(layers, budget):
         same(select_layers(layer, hidden, budget), select_layers_plain(layer, hidden, budget))
 
 
+@pytest.mark.parametrize("smallest, budget", [(0, 0), (3, 3), (2, 5), (5, 8), (9, 9), (10, 10)])
+def test_leaving_out_small_budgets_changes_nothing_for_the_others(smallest, budget):
+    for seed in range(5):
+        layer, hidden = toy(10, seed=seed)
+        every, some = select_layers(layer, hidden, budget), select_layers(layer, hidden, budget, smallest)
+        assert some.skip_sets == every.skip_sets[smallest:]
+        assert some.cosines == pytest.approx(every.cosines[smallest:], abs=1e-6)
+
+
+def survivors_by_sum(layer, hidden, costs):
+    """Algorithm 1 over the sums of unequal costs, written down naively: {sum saved: (set, state)} after the last layer."""
+    g = {0: (frozenset(), hidden[0])}
+    for i, cost in enumerate(costs):
+        options = {}
+        for j, (skipped, state) in g.items():
+            run = layer(i, state[None])[0] if skipped else hidden[i + 1]
+            options.setdefault(j, []).append((skipped, run))
+            options.setdefault(j + cost, []).append((skipped | {i}, state))
+        g = {j: max(choices, key=lambda c: F.cosine_similarity(c[1], hidden[i + 1], dim=0)) for j, choices in options.items()}
+    return g
+
+
+@pytest.mark.parametrize("costs", [(1,) * 8, (2, 1, 2, 1, 2, 1, 2, 1), (3, 3, 3, 3, 3, 3), (1, 5, 2, 2, 7, 1, 3)])
+def test_costs_that_differ(costs):
+    for seed in range(5):
+        layer, hidden = toy(len(costs), seed=seed)
+        naive = survivors_by_sum(layer, hidden, costs)
+        for smallest, budget in ((0, sum(costs) - 1), (sum(costs) // 2, sum(costs) // 2 + 4)):
+            wanted = [j for j in sorted(naive) if smallest <= j <= budget]
+            assert select_layers(layer, hidden, budget, smallest, costs).skip_sets == [naive[j][0] for j in wanted]
+
+
+def test_costs_must_be_one_a_layer_and_at_least_1():
+    layer, hidden = toy(3)
+    for costs in ((1, 2), (1, 0, 1)):
+        with pytest.raises(ValueError, match="3 layers need as many costs"):
+            select_layers(layer, hidden, 2, 0, costs)
+
+
 @pytest.mark.parametrize("algorithm", [select_layers, select_layers_plain])
 def test_a_candidate_that_overflows_is_chosen_last(algorithm):
     layer, hidden = toy(6)
