@@ -221,7 +221,7 @@ class Swift:
 
 def prompt_lookup(target, prompt, count, stats, *, temperature, **common):
     """Drafts what followed the last 3, 2 or 1 tokens where they stood before; nothing is skipped, nothing computed."""
-    def drafter(model, cache, token, skip, length, exit_threshold, choose, stop):
+    def drafter(model, cache, token, skip, length, go_on, choose, stop):
         text, found = [*prompt, *stats.tokens], []
         for n in (3, 2, 1):
             ends = (i + n for i in range(len(text) - n - 1, -1, -1) if text[i:i + n] == text[-n:])
@@ -472,7 +472,7 @@ def steps(target: Target, prompt: list[int], repeat: int) -> dict[str, float]:
             "verify pass": lambda: full_pass(model, cache, [0] * (k + 1), width)[1].argmax(-1).tolist(),
             "8 rows": lambda: full_pass(model, cache, [0] * 8, None)[1].argmax(-1).tolist(),
             "head": lambda: model.logits(state).argmax().item(),
-            "draft token": lambda: draft(model, cache, 0, skip, 1, 0.0, greedy, ()),
+            "draft token": lambda: draft(model, cache, 0, skip, 1, bool, greedy, ()),
             "DP": lambda: optimize(model, cache, hidden, m, one),
             f"DP, M = {half}": lambda: optimize(model, cache, hidden, half, partial(select_layers, smallest=half)),
             "DP, every M": lambda: optimize(model, cache, hidden, m),

@@ -17,13 +17,18 @@ from pathlib import Path
 
 import torch
 
+from auto import KINDS, Auto, block_costs
 from exact import full_pass
 from model import KVCache, Llama, ModelError, find_folder, load_model, read_json
 from packed import pack
-from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, SettingsError, Stats, autoregressive, clasp
+from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, SettingsError, Stats, autoregressive, clasp, require
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "fairy-tales"
 DRAFTED, VERIFIED, PLAIN = "\033[32m", "\033[1;35m", "\033[0m"     # green; bold magenta; back to normal
+
+
+def layers_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,15 +54,21 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
                         help="sample from the likeliest tokens that reach P together; default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     by_model = "default: what the model's generation_config.json suggests, else"
-    parser.add_argument("--skip-layers", type=int, metavar="M", help=f"layers the draft leaves out; {by_model} half of them")
+    parser.add_argument("--skip-layers", type=layers_or_auto, metavar="M|auto",
+                        help="layers the draft leaves out; auto: whatever gives most tokens per second, drafts and "
+                             f"optimisations included; {by_model} half of them")
+    parser.add_argument("--skip-unit", choices=["layer", "block"], default="layer",
+                        help="leave out layers, or attention and MLP blocks, as many as take the time of M layers; default: %(default)s")
+    parser.add_argument("--costs", metavar="FILE", help="for auto: a JSON object of fixed times in place of measured ones, so that a "
+                        "seed gives the same text again: draft (with nothing skipped), plain, verify, optimize")
     parser.add_argument("--draft-length", type=int, metavar="K", help=f"most tokens drafted at once; {by_model} {DRAFT_LENGTH}")
     parser.add_argument("--draft-exit-threshold", type=float, metavar="X",
                         help=f"stop drafting when the draft's top probability is lower; {by_model} {EXIT_THRESHOLD}")
     parser.add_argument("--opt-interval", type=int, metavar="N",
                         help=f"cycles between two choices of the skipped layers; {by_model} {OPT_INTERVAL}")
-    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=True,
+    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=None,
                         help="verify in passes of one shape, so that greedy text is plain decoding's to the last bit; "
-                             "--no-exact saves the padding of short drafts")
+                             "--no-exact saves the padding of short drafts; default: yes, but no with --skip-layers auto")
     parser.add_argument("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="default: float32 on the CPU, bfloat16 elsewhere")
@@ -192,6 +203,14 @@ def suggested_settings(folder: Path | None) -> dict:
     return settings | suggested
 
 
+def read_costs(file: str) -> dict[str, float]:
+    """Fixed times for auto. Raises ModelError for another file."""
+    costs = read_json(Path(file))
+    if costs.keys() != set(KINDS) or not all(isinstance(cost, int | float) and cost > 0 for cost in costs.values()):
+        raise ModelError(f"{file}: not a JSON object with a positive number for each of {', '.join(KINDS)}")
+    return costs
+
+
 def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., Iterator[int]]:
     """decode(method, prompt, max_new_tokens, stats, cache), with everything else as the command line and the model say.
 
@@ -201,7 +220,16 @@ def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., I
     given = {"skip_layers": args.skip_layers, "draft_length": args.draft_length,
              "exit_threshold": args.draft_exit_threshold, "opt_interval": args.opt_interval}
     settings = suggested_settings(folder) | {name: value for name, value in given.items() if value is not None}
-    settings["exact"] = args.exact
+    settings["exact"] = settings["skip_layers"] != "auto" if args.exact is None else args.exact
+    costs = read_costs(args.costs) if args.costs else None
+    if args.skip_unit == "block":
+        model.block_costs = block_costs(model, costs is None)
+    if settings["skip_layers"] == "auto":
+        require(args.draft_exit_threshold is None and args.opt_interval is None,
+                "--skip-layers auto chooses the exit threshold and the interval too: leave them out")
+        settings = {"draft_length": settings["draft_length"], "exact": settings["exact"], "auto": Auto(model, costs)}
+    else:
+        require(costs is None, "--costs is for --skip-layers auto")
 
     def decode(method: str, prompt: list[int], max_new_tokens: int, stats: Stats, cache=None) -> Iterator[int]:
         more = {"clasp": settings, "autoregressive": {}, "same width": {"width": settings["draft_length"] + 1}}[method]
@@ -225,7 +253,7 @@ def say(line: str, end="\n"):
     print(line, file=sys.stderr, end=end, flush=True)
 
 
-def report(args, stats: Stats, layers: int):
+def report(args, stats: Stats, parts: int):
     """Statistics in a few lines on standard error."""
     s = stats
     say(f"{args.method}: {s.new_tokens} tokens in {s.seconds:.2f} s, {s.tokens_per_second:.1f} tokens/s "
@@ -235,14 +263,14 @@ def report(args, stats: Stats, layers: int):
             ("draft", s.draft_seconds), ("verify", s.verify_seconds), ("optimise", s.optimize_seconds)))
         skipped = len(s.skip_sets[-1][1]) if s.skip_sets else 0
         say(f"  {s.tau:.2f} tokens per pass of the whole model (tau); {s.accepted} of {s.drafted} drafted tokens "
-            f"accepted ({100 * s.acceptance_rate:.0f} %), with {skipped} of {layers} layers skipped")
+            f"accepted ({100 * s.acceptance_rate:.0f} %), with {skipped} of {parts} {args.skip_unit}s skipped")
         say(f"  time: {shares}; {s.cycles} cycles, {s.optimizations} optimisations")
     if args.show_drafts and not args.json:
         say(f"  {DRAFTED}drafted and accepted{PLAIN}, {VERIFIED}written by the verifier{PLAIN}")
     if args.show_skips:
-        say("  layers run (█) and skipped (░), first to last, from the n-th new token on:")
+        say(f"  {args.skip_unit}s run (█) and skipped (░), first to last, from the n-th new token on:")
         for at, skipped in s.skip_sets:
-            say(f"  {at:5d} " + "".join("░" if i in skipped else "█" for i in range(layers)))
+            say(f"  {at:5d} " + "".join("░" if i in skipped else "█" for i in range(parts)))
 
 
 def compare(args, model: Llama, decode: Callable[..., Iterator[int]], prompt: list[int], stats: Stats) -> dict:
@@ -309,7 +337,7 @@ def run(args) -> int:
     except KeyboardInterrupt:                                  # the text so far stays
         say("\ninterrupted")
         status = 130
-    report(args, stats, model.config.num_hidden_layers)
+    report(args, stats, len(model.parts))
     if args.compare and not status:
         comparison = compare(args, model, decode, prompt, stats)
     if args.json:

@@ -131,13 +131,18 @@ class DecoderLayer(nn.Module):
         values into the cache and returns those of all slots; without it the rows are all there is.
         mask (rows, slots): which of them a row sees, see ``attention``.
         """
+        return self.mlp_block(self.attention_block(x, cos, sin, mask, store))
+
+    def attention_block(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, store=None) -> Tensor:
         qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         # q, k and v are (batch, their heads, rows, head_dim); q and k are rotated as one
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
         q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
         if store is not None:
             k, v = store(k, v)                                 # (batch, kv_heads, slots, head_dim)
-        x = x + self.o(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        return x + self.o(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def mlp_block(self, x: Tensor, *_) -> Tensor:
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
@@ -170,7 +175,12 @@ class KVCache:
 
 
 class Llama(nn.Module):
-    """Embedding, decoder layers, final norm and head. The head shares the embedding's weights if tied."""
+    """Embedding, decoder layers, final norm and head. The head shares the embedding's weights if tied.
+
+    block_costs: None, and layers are skipped whole; or what leaving out an attention and an MLP block saves, two whole
+    numbers, and these are skipped one by one: ``parts`` then has 2 L of them.
+    """
+    block_costs: tuple[int, int] | None = None
 
     def __init__(self, config: Config):
         super().__init__()
@@ -180,12 +190,21 @@ class Llama(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def parts(self) -> list:
+        """What can be skipped, in order: the layers, or their blocks. All are called as a layer is."""
+        return list(self.layers) if self.block_costs is None else [
+            block for layer in self.layers for block in (layer.attention_block, layer.mlp_block)]
+
+    def layer_of(self, part: int) -> int:
+        return part if self.block_costs is None else part // 2
+
     def forward(self, tokens: Tensor, cache: KVCache | None = None, skip=(), slots: int | None = None) -> list[Tensor]:
         """tokens (batch, rows) -> hidden states h_0 .. h_L, each (batch, rows, hidden); see ``logits``.
 
         With a cache (batch 1) the rows continue it: they take the slots and positions from cache.length
         on, and move it forward. Attention reads ``slots`` slots, those past a row masked; by default just
-        the filled ones. Layers whose index is in ``skip`` are left out; their slots of the cache keep what
+        the filled ones. Layers (``parts``) whose index is in ``skip`` are left out; their slots of the cache keep what
         they held, and the hidden state after them is the one before.
         """
         rows, x = tokens.shape[1], self.embed(tokens)
@@ -200,9 +219,9 @@ class Llama(nn.Module):
                 mask = torch.full((rows, end), -torch.inf, dtype=x.dtype, device=x.device).triu(start + 1)
             cache.length += rows
         states = [x]
-        for i, layer in enumerate(self.layers):
+        for i, part in enumerate(self.parts):
             if i not in skip:
-                x = layer(x, cos, sin, mask, None if cache is None else partial(cache.put, i, start, end))
+                x = part(x, cos, sin, mask, None if cache is None else partial(cache.put, self.layer_of(i), start, end))
             states.append(x)
         return states
 

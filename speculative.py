@@ -75,7 +75,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
           draft_length: int = DRAFT_LENGTH, exit_threshold: float = EXIT_THRESHOLD, opt_interval: int = OPT_INTERVAL,
           exact: bool = True, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
           stats: Stats | None = None, cache: KVCache | None = None, optimizer: Callable | None = None,
-          drafter: Callable | None = None) -> Iterator[int]:
+          drafter: Callable | None = None, auto: "Auto | None" = None) -> Iterator[int]:
     """Yield up to max_new_tokens tokens, distributed exactly as the whole model's own.
 
     prompt: at least one token id. skip_layers M: layers left out of the draft, default half of them.
@@ -88,27 +88,35 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     yield it holds all tokens so far but the last, so a caller may stop anywhere and go on with it.
     optimizer, drafter: others in place of ``optimize`` and ``draft``, called as they are. The output stays the
     whole model's whatever they do, as long as a draft's distributions are those its tokens were drawn from.
+    auto: decides in place of skip_layers, exit_threshold and opt_interval how much to skip, draft and optimise
+    (auto.py); draft_length is then the most it may draft.
     Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens
     do not fit the context or the cache; ModelError if the model computes something that is no number.
     """
-    layers = len(model.layers)
-    budget = layers // 2 if skip_layers is None else skip_layers
-    require(0 <= budget < layers, f"the skipped layers must be fewer than the model's {layers}, and at least 0")
+    layers, unit = len(model.layers), sum(model.block_costs or (1,))
+    skip_layers = layers // 2 if skip_layers is None else skip_layers
+    budget = unit * (layers - 1 if auto else skip_layers)
+    require(0 <= skip_layers < layers, f"the skipped layers must be fewer than the model's {layers}, and at least 0")
     require(1 <= draft_length < BLOCK, f"the draft length must lie between 1 and {BLOCK - 1}")
     require(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
     require(opt_interval >= 1, "the optimisation interval must be at least 1")
     stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
-    optimizer = optimizer or partial(optimize, select=partial(select_layers, smallest=budget))     # one set is all it needs
+    one_set = partial(select_layers, smallest=budget, costs=model.block_costs and model.block_costs * layers)
+    optimizer = optimizer or (auto.optimize if auto else partial(optimize, select=one_set))
+    go_on = auto.go_on if auto else lambda confidence: confidence >= exit_threshold
     choose = partial(pick, temperature=temperature, top_p=top_p, rng=rng)
 
     start = now()
     width = exact_width(model, draft_length + 1) if exact else None
-    cache = cache or KVCache(model, len(prompt) + max_new_tokens, width or draft_length + 1)
-    require_room(cache, prompt, max_new_tokens, width or draft_length + 1)
+    rows = max(width or draft_length + 1, budget)                     # of a pass, and of the programme
+    cache = cache or KVCache(model, len(prompt) + max_new_tokens, rows)
+    require_room(cache, prompt, max_new_tokens, rows)
     hidden = prefill(model, cache, prompt[cache.length:-1])
     stats.prefill_seconds = now() - start
-    pending, skip = prompt[-1], None
+    pending, skip, most = prompt[-1], None, draft_length
+    if auto and not auto.begin(draft_length, exact):
+        hidden = None
     while stats.new_tokens < max_new_tokens:
         start = now()
         if hidden is not None:                                        # an optimisation is due
@@ -117,11 +125,13 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
             stats.optimizations += 1
         optimized = now()
         drafted, q = [], []
+        if auto:
+            skip, most = auto.plan()
         if skip is not None:       # else the prompt was one token: no state yet to choose layers from
-            length = min(draft_length, max_new_tokens - stats.new_tokens - 1)   # the verifier adds one of its own
+            length = min(most, max_new_tokens - stats.new_tokens - 1)   # the verifier adds one of its own
             if exact:
                 length = min(length, BLOCK - 1 - cache.length % BLOCK)          # and its rows lie in one block
-            drafted, q = (drafter or draft)(model, cache, pending, skip, length, exit_threshold, choose, stop)
+            drafted, q = (drafter or draft)(model, cache, pending, skip, length, go_on, choose, stop)
         was_drafted, n = now(), cache.length
         states, logits = full_pass(model, cache, [pending, *drafted], width)
         if temperature == 0:
@@ -129,9 +139,11 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         else:
             accepted, own = accept_sampled(drafted, q, distribution(logits, temperature, top_p), rng)
         stats.cycles += 1
-        due = skip is None or stats.cycles % opt_interval == 0
-        hidden = torch.stack([state[0, accepted] for state in states]) if due else None    # (L+1, dim)
         end = now()
+        if auto:
+            auto.learn(accepted, optimized - start, was_drafted - optimized, end - was_drafted)
+        due = auto.due() if auto else skip is None or stats.cycles % opt_interval == 0
+        hidden = torch.stack([state[0, accepted] for state in states]) if due else None    # (L+1, dim)
         stats.optimize_seconds += optimized - start
         stats.draft_seconds += was_drafted - optimized
         stats.verify_seconds += end - was_drafted
@@ -212,19 +224,19 @@ def candidate_layer(model: Llama, cache: KVCache, rows: int) -> Layer:
 
     def layer(i: int, candidates: Tensor) -> Tensor:
         m = len(candidates)
-        return model.layers[i](candidates[None], cos, sin, mask[:m, :n + m], partial(cache.put, i, n, n + m))[0]
+        return model.parts[i](candidates[None], cos, sin, mask[:m, :n + m], partial(cache.put, model.layer_of(i), n, n + m))[0]
 
     return layer
 
 
-def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], length: int, exit_threshold: float,
-          choose: Callable, stop: Collection[int]) -> tuple[list[int], list[Tensor | None]]:
+def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], length: int,
+          go_on: Callable[[float], bool], choose: Callable, stop: Collection[int]) -> tuple[list[int], list[Tensor | None]]:
     """Up to ``length`` tokens after ``token`` by the model without the layers in ``skip``.
 
     Returns them and, when sampling, the distributions q they were drawn from. cache.length is put back:
     the verifier starts over from there.
 
-    Whether to draw *another* token depends on the confidence at the last; a token once drawn is kept.
+    Whether to draw *another* token, ``go_on`` says from the confidence at the last, its top probability; a token once drawn is kept.
     Dropping it for being unlikely would bias what is left, which was drawn from another distribution than q.
     """
     start, tokens, distributions = cache.length, [], []
@@ -238,7 +250,7 @@ def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], lengt
             token = int(drawn)
             tokens.append(token)
             distributions.append(q)
-            if token in stop or confidence < exit_threshold:
+            if token in stop or not go_on(confidence):
                 break
     finally:
         cache.length = start

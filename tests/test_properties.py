@@ -84,12 +84,12 @@ def test_greedy_decoding_is_plain_decoding(situation, data):
         hits = data.draw(st.none() | st.lists(st.booleans(), min_size=1, max_size=8), "which drafted tokens are right")
         scratch = data.draw(st.sampled_from([0.0, 1.0, -1e4, torch.nan, torch.inf]), "left in the cache by the draft")
 
-        def adversary(model, cache, token, skip, length, exit_threshold, choose, stop):
+        def adversary(model, cache, token, skip, length, go_on, choose, stop):
             """Drafts right and wrong tokens to order, and spoils the slots behind the cache."""
             at, tokens = cache.length - len(prompt) + 1, []
             for x in cache.keys + cache.values:         # as many as a draft writes: the pass writes them anew
                 x[:, :, cache.length:cache.length + length] = scratch
-            for i in range(min(1, length) if exit_threshold == 1 else length):
+            for i in range(length if go_on(0.99) else min(1, length)):
                 right = plain[at + i]
                 tokens.append(right if hits[(at + i) % len(hits)] else (right + 1) % VOCABULARY)
                 if tokens[-1] in stop:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import speculative
+from auto import Auto
 from conftest import DEVICE, ROOT, random_model, tokens_of
 from model import KVCache
 from speculative import (SettingsError, Stats, accept_greedy, accept_sampled, autoregressive, clasp, distribution, draft,
@@ -174,7 +175,7 @@ def test_the_draft_goes_on_while_it_is_confident(monkeypatch):
     model, cache = random_model(), KVCache(random_model(), 20)
     model(torch.tensor([[1, 2, 3]], device=DEVICE), cache)
     choose = functools.partial(pick, temperature=3.0, top_p=0.5, rng=generator())
-    tokens, _ = draft(model, cache, 4, {2, 3}, 6, 0, choose, ())
+    tokens, _ = draft(model, cache, 4, {2, 3}, 6, bool, choose, ())
     text, confidence = [1, 2, 3, 4, *tokens], []
     for i in range(6):
         fresh = KVCache(model, 20)
@@ -185,7 +186,7 @@ def test_the_draft_goes_on_while_it_is_confident(monkeypatch):
     for threshold in [c * f for c in confidence for f in (0.999, 1.001)]:
         choose = functools.partial(pick, temperature=3.0, top_p=0.5, rng=generator())
         first = next((i for i, c in enumerate(confidence) if c < threshold), 5)
-        assert draft(model, cache, 4, {2, 3}, 6, threshold, choose, ())[0] == tokens[:first + 1]
+        assert draft(model, cache, 4, {2, 3}, 6, threshold.__le__, choose, ())[0] == tokens[:first + 1]
     assert cache.length == 3
 
 
@@ -266,15 +267,21 @@ def error_of_the_induced_distribution(monkeypatch, vocabulary=4, count=3, **sett
     model, prompt = random_model(layers=3, vocabulary=vocabulary, seed=1, residual=1.0, head_scale=0.6), [0, 1, 2]
     expected = own_distribution(model, prompt, count, **settings)
     settings = dict(temperature=1, skip_layers=2, draft_length=2) | settings
-    induced = Enumerated(monkeypatch).distribution(lambda: clasp(model, prompt, count, **settings))
+    costs = settings.pop("costs", None)
+
+    def write():
+        return clasp(model, prompt, count, **settings, auto=Auto(model, costs) if costs else None)
+
+    induced = Enumerated(monkeypatch).distribution(write)
     assert sum(induced.values()) == pytest.approx(1, abs=1e-6)
     return max(abs(induced.get(tokens, 0) - p) for tokens, p in expected.items())
 
 
 NUCLEUS, EXIT = dict(temperature=0.7, top_p=0.8), dict(exit_threshold=0.5)
+AUTO = dict(costs=dict(draft=1.0, plain=2.0, verify=1.0, optimize=0.1))          # with these it drafts
 
 
-@pytest.mark.parametrize("settings", [{}, dict(exact=False), NUCLEUS, EXIT, EXIT | NUCLEUS, dict(opt_interval=1)], ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(exact=False), NUCLEUS, EXIT, EXIT | NUCLEUS, dict(opt_interval=1), AUTO, AUTO | NUCLEUS], ids=str)
 def test_every_text_has_the_models_own_probability(monkeypatch, settings):
     error = error_of_the_induced_distribution(monkeypatch, **settings)
     print(f"largest error {error:.1e}")
