@@ -1,13 +1,8 @@
-"""Measure what README.md claims: is CLaSp faster, is its output the same, what does the DP cost and find.
+"""Measure what README.md claims beside speed (bench.py): is the output the same, what does the DP cost and find.
 
-    python tools/measure.py speed  [--model M] [--skip-layers ..] [--draft-length ..] [--opt-interval ..]
     python tools/measure.py equal  [--model M] [--dtype D]  greedy text, logits and cache, bit for bit, 4 values of M
     python tools/measure.py dp     [--model M]        fast = plain at 20 positions; time of a DP in verify passes
     python tools/measure.py slice  [--model M]        DP, brute force and random sets on a 10-layer slice
-
-``speed`` decodes every prompt with both methods in turn, in one process, after a warm-up, and reports the
-median over prompts and repetitions of the ratio, with quartiles. Several values separated by commas make a
-sweep, every setting interleaved with the others. Times are the decoders' own (prefill and printing apart).
 """
 import argparse
 import itertools
@@ -25,7 +20,7 @@ from dp_skip import select_layers, select_layers_plain  # noqa: E402
 from generate import BUNDLED, Text, choose_device, suggested_settings  # noqa: E402
 from model import KVCache, find_folder, load_model  # noqa: E402
 from packed import pack  # noqa: E402
-from speculative import Stats, autoregressive, as_row, candidate_layer, clasp, clock, optimize, prefill  # noqa: E402
+from speculative import autoregressive, as_row, candidate_layer, clasp, clock, optimize, prefill  # noqa: E402
 
 PROMPTS = [                    # written for this purpose; in no training text
     "Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night.",
@@ -50,63 +45,12 @@ PROMPTS = [                    # written for this purpose; in no training text
     "At the end of the world stands an inn where giants, ghosts and honest merchants"]
 
 
-def numbers(kind):
-    return lambda text: [kind(part) for part in text.split(",")]
-
-
-def speed(args, model, encode):
-    """One row per setting. Each (prompt, repetition) decodes plainly and with every setting, in random order."""
-    base = dict(temperature=args.temperature)
-    settings = [dict(skip_layers=m, draft_length=k, exit_threshold=x, opt_interval=n) for m, k, x, n in itertools.product(
-        args.skip_layers, args.draft_length, args.draft_exit_threshold, args.opt_interval)]
-    suggested = suggested_settings(find_folder(args.model))
-    settings = [suggested | {name: value for name, value in s.items() if value is not None} for s in settings]
-    methods = [None, *settings]
-    prompts = [encode(p) for p in PROMPTS[:args.prompts]]
-    for setting in methods:
-        decode(model, prompts[0], setting, 20, 0, base)
-    results = [[] for _ in settings]
-    jobs = [(i, seed) for seed in range(args.repeat) for i in range(len(prompts))]
-    for done, (i, seed) in enumerate(jobs, 1):
-        order = list(range(len(methods)))
-        random.Random(done).shuffle(order)
-        runs = {n: decode(model, prompts[i], methods[n], args.max_new_tokens, seed, base) for n in order}
-        plain, plain_tokens = runs[0]
-        for n in range(len(settings)):
-            stats, tokens = runs[n + 1]
-            results[n].append((stats.tokens_per_second / plain.tokens_per_second, stats, tokens == plain_tokens, plain))
-        print(f"\r{done}/{len(jobs)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    plain = statistics.median(row[3].tokens_per_second for row in results[0])
-    print(f"plain decoding: {plain:.1f} tokens/s (median). {len(prompts)} prompts x {args.repeat}, "
-          f"{args.max_new_tokens} tokens, temperature {args.temperature}")
-    print("| M | K | exit | interval | speedup (quartiles) | tau | accepted | draft / verify / optimise | same tokens |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for setting, rows in zip(settings, results):
-        ratio = [row[0] for row in rows]
-        low, middle, high = statistics.quantiles(ratio, n=4) if len(ratio) > 1 else ratio * 3
-        names = ("new_tokens", "cycles", "drafted", "accepted", "seconds", "draft_seconds", "verify_seconds", "optimize_seconds")
-        total = {name: sum(getattr(row[1], name) for row in rows) for name in names}
-        parts = " / ".join(f"{100 * total[name] / total['seconds']:.0f} %" for name in names[-3:])
-        skip = len(model.layers) // 2 if setting["skip_layers"] is None else setting["skip_layers"]
-        print(f"| {skip} | {setting['draft_length']} | {setting['exit_threshold']} | {setting['opt_interval']} "
-              f"| **{middle:.2f}x** ({low:.2f} to {high:.2f}) | {total['new_tokens'] / total['cycles']:.2f} "
-              f"| {100 * total['accepted'] / max(1, total['drafted']):.0f} % | {parts} "
-              f"| {sum(row[2] for row in rows)} of {len(rows)} |")
-
-
-def decode(model, prompt, setting, count, seed, base):
-    stats = Stats()
-    run = autoregressive if setting is None else clasp
-    return stats, list(run(model, prompt, count, seed=seed, stats=stats, **base, **(setting or {})))
-
-
 @torch.inference_mode()
 def equal(args, model, encode):
     """Greedy text, every logit row of the whole model and the cache, bit for bit, against plain decoding K+1 rows wide."""
     prompts = [encode(" ".join(p.split()[:words])) for words in (99, 4, 8) for p in PROMPTS][:args.prompts]
     layers, count = len(model.layers), args.max_new_tokens
-    k = args.draft_length[0] or suggested_settings(find_folder(args.model))["draft_length"]
+    k = args.draft_length or suggested_settings(find_folder(args.model))["draft_length"]
     rows_seen, full_pass, width = {}, speculative.full_pass, speculative.exact_width(model, k + 1)
 
     def recorded(model, cache, tokens, width):
@@ -209,26 +153,21 @@ def slice_(args, model, encode):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["speed", "equal", "dp", "slice"])
+    parser.add_argument("what", choices=["equal", "dp", "slice"])
     parser.add_argument("--model", default=str(BUNDLED))
     parser.add_argument("--device")
     parser.add_argument("--dtype")
-    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--skip-layers", type=numbers(int), default=[None])
-    parser.add_argument("--draft-length", type=numbers(int), default=[None])
-    parser.add_argument("--draft-exit-threshold", type=numbers(float), default=[None])
-    parser.add_argument("--opt-interval", type=numbers(int), default=[None])
-    parser.add_argument("--positions", type=numbers(int), default=[20, 40, 60, 80])
+    parser.add_argument("--draft-length", type=int)
+    parser.add_argument("--positions", type=int, nargs="+", default=[20, 40, 60, 80])
     args = parser.parse_args()
     folder = find_folder(args.model)
     text, (device, dtype) = Text(folder), choose_device(args.device, args.dtype)
     model = pack(load_model(folder, device, dtype))
     print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads",
           file=sys.stderr)
-    what = {"speed": speed, "equal": equal, "dp": dp, "slice": slice_}[args.what]
+    what = {"equal": equal, "dp": dp, "slice": slice_}[args.what]
     what(args, model, lambda prompt: text.encode(prompt, chat=False))
 
 
