@@ -4,7 +4,7 @@
     python bench.py --out bench.jsonl                    the table, on the bundled model and our own prompts
     python bench.py --questions question.jsonl --model FOLDER          on Spec-Bench's questions
     python bench.py --figures results/figures            the figures of the paper's sections 3 and 5, and two more
-    python bench.py --speed steps.md                     what a draft token, a verify pass and a DP cost (pip install transformers)
+    python bench.py --speed steps.md                     the cost of a draft token, a verify pass, a DP (pip install transformers)
     python bench.py --synthetic llama3-8b                random weights of that shape: true speed, no sense
 
 Every method is a choice of what ``clasp`` skips or drafts, on the same loop. Each question is decoded by all in random
@@ -17,7 +17,7 @@ import random
 import statistics
 import sys
 import zlib
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,12 +26,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm          # comes with huggingface-hub
 
-from dp_skip import select_layers, select_layers_plain
+from dp_skip import Selection, select_layers, select_layers_plain
 from exact import exact_width, full_pass
 from generate import BUNDLED, Parser, Text, choose_device, say, suggested_settings
 from model import Config, KVCache, Llama, ModelError, find_folder, load_model
 from packed import pack
-from speculative import SettingsError, Stats, autoregressive, candidate_layer, clasp, clock, draft, optimize, pick, prefill
+from speculative import (SettingsError, Stats, autoregressive, candidate_layer, clasp, clock, draft, optimize, pick, prefill,
+                         require)
 
 # Written for this project; none is in the bundled model's training text.
 PROMPTS = {
@@ -61,10 +62,11 @@ PROMPTS = {
             "Question: How was she paid? Answer from the text:"],
     "tale": ["Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night.",
              "A poor fisherman pulled his net from the river and found in it a small iron box, which",
-             "\"Three nights you must watch,\" said the dwarf, \"and on the third"]}
-HELD_OUT = [                                # for Self-SD's search, which may not see what it is measured on
-    "The giant was so tired that he sat down upon the church, and", "Nobody in the town would speak of the blue house, until",
-    "How is paper made from wood?", "Summarize: The ferry will not run on Monday. A new engine arrived too late."]
+             "\"Three nights you must watch,\" said the dwarf, \"and on the third"],
+    "held out": [                           # for Self-SD's search, which may not see what it is measured on
+        "The giant was so tired that he sat down upon the church, and", "Nobody in the town would speak of the blue house, until",
+        "How is paper made from wood?", "Summarize: The ferry will not run on Monday. A new engine arrived too late."]}
+HELD_OUT = PROMPTS.pop("held out")
 GROUP = {"translation": "translation", "summarization": "summarization", "qa": "qa", "math_reasoning": "math", "rag": "rag"}
 SHAPES = {name: Config(128256, hidden, inner, layers, heads, 8, head_dim, 8192, tie_word_embeddings=tied)
           for name, hidden, inner, layers, heads, head_dim, tied in (
@@ -97,16 +99,18 @@ class Target:
             self.name = f"{args.synthetic} with RANDOM WEIGHTS (residual {args.residual}; the text is noise)"
             self.settings = suggested_settings(None)
         else:
-            folder = find_folder(args.model)
+            folder = find_folder(args.model or str(BUNDLED))
             self.text, self.model, self.settings = Text(folder), load_model(folder, device, dtype), suggested_settings(folder)
             self.name, self.stop = folder.resolve().name, self.text.stop
-        self.bytes = sum(w.nbytes for w in self.model.parameters()) - (0 if self.model.head is None else self.model.embed.weight.nbytes)
-        pack(self.model)                                                # bytes: of weights read for one token
+            self.chat = bool(self.text.config.get("chat_template") or (folder / "chat_template.jinja").exists())
+        unread = 0 if self.model.head is None else self.model.embed.weight.nbytes
+        self.bytes = sum(w.nbytes for w in self.model.parameters()) - unread          # of weights read for one token
+        pack(self.model)
         self.layers = len(self.model.layers)
         self.settings |= {name: getattr(args, name) for name in self.settings if getattr(args, name) is not None}
         if self.settings["skip_layers"] is None:
             self.settings["skip_layers"] = self.layers // 2
-        self.chat = self.text and (self.text.config.get("chat_template") or (self.text.folder / "chat_template.jinja").exists())
+        self.clasp = partial(clasp, **self.settings)
         cpu = f"{torch.get_num_threads()} threads of a CPU with {torch.backends.cpu.get_cpu_capability()}"
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
         self.where = f"{machine}, {str(dtype).removeprefix('torch.')}, torch {torch.__version__}"
@@ -114,134 +118,101 @@ class Target:
     def encode(self, turns: list[str]) -> list[int]:
         if self.text is None:                                  # no tokenizer: a word is a token
             return [zlib.crc32(word.encode()) % self.model.config.vocab_size for word in " ".join(turns).split()]
-        return self.text.encode(turns, bool(self.chat))
+        return self.text.encode(turns, self.chat)
 
     def decode(self, tokens: list[int]) -> str:
         return self.text.tokenizer.decode(tokens) if self.text else " ".join(map(str, tokens))
 
-    def run(self, method, prompt: list[int], count: int, temperature=0.0, seed=0, **settings) -> tuple[Stats, float]:
+    def run(self, method, prompt: list[int], count: int, **settings) -> tuple[Stats, float]:
         """Decode; returns the statistics and the seconds that passed outside, prefill apart."""
         stats, now = Stats(), clock(self.model)
         start = now()
-        for _ in method(self, prompt, count, stats, temperature=temperature, seed=seed, stop=self.stop, **settings):
+        for _ in method(self.model, prompt, count, stats=stats, stop=self.stop, **settings):
             pass
         return stats, now() - start - stats.prefill_seconds
 
 
-# ------------------------ methods, called as method(target, prompt, count, stats, temperature=, seed=, stop=); they yield tokens
+# --------------------------- methods, all called as clasp is: method(model, prompt, count, stats=, temperature=, seed=, stop=)
 
-def plain(target, prompt, count, stats, **common):
-    return autoregressive(target.model, prompt, count, stats=stats, **common)
-
-
-def same_width(target, prompt, count, stats, **common):
-    """What greedy CLaSp must equal, to the last bit."""
-    return plain(target, prompt, count, stats, width=target.settings["draft_length"] + 1, **common)
-
-
-def paper(target, prompt, count, stats, **common):
-    return clasp(target.model, prompt, count, stats=stats, **target.settings | common)
-
-
-def choice(skip):
-    """As ``optimize`` returns it, but the same set whatever the budget."""
-    return SimpleNamespace(skip_sets=defaultdict(lambda: frozenset(skip)))
-
-
-def fixed(skip):
+def fixed(target, skip):
     """One set of layers for everything."""
-    return lambda *args, **common: paper(*args, optimizer=lambda *_: choice(skip), **common | {"opt_interval": 10**9})
-
-
-def evenly(layers: int, budget: int) -> frozenset[int]:
-    return frozenset(int((i + 0.5) * layers / budget) for i in range(budget))
+    return partial(target.clasp, optimizer=lambda *_: Selection([frozenset(skip)], []), opt_interval=10**9)
 
 
 class Search:
-    """Sets of ``budget`` layers, tried at random first, then by optuna's Bayesian sampler (TPE). ``best`` so far."""
+    """Sets of M layers, tried at random first, then by optuna's Bayesian sampler (TPE). ``best`` so far, by ``score``."""
 
-    def __init__(self, layers: int, budget: int, seed: int, startup: int):
+    def __init__(self, target, seed: int, trials: int):
         import optuna
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.layers, self.budget = layers, budget
+        self.target, self.budget, self.left = target, target.settings["skip_layers"], trials
         self.study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(
-            n_startup_trials=startup, multivariate=True, seed=seed))
-        self.best, self.score, self.scores = frozenset(random.Random(seed).sample(range(layers), budget)), -1.0, []
+            n_startup_trials=trials // 3, multivariate=True, seed=seed))
+        self.best, self.score, self.scores = random.Random(seed).sample(range(target.layers), self.budget), -1.0, []
 
-    def step(self, score):
-        """Try one more set; ``score(skip)`` is to be maximised. A set is the layers of the highest values."""
-        trial = self.study.ask()
-        values = [trial.suggest_float(f"layer {i}", 0, 1) for i in range(self.layers)]
-        skip = frozenset(sorted(range(self.layers), key=values.__getitem__)[self.layers - self.budget:])
-        self.scores.append(score(skip))
+    def step(self, texts: list[list[int]], last: int):
+        """Try one more set, the layers of the highest values: what share of the texts' ``last`` tokens does it predict?"""
+        trial, model, layers = self.study.ask(), self.target.model, range(self.target.layers)
+        values = [trial.suggest_float(f"layer {i}", 0, 1) for i in layers]
+        skip = sorted(layers, key=values.__getitem__)[len(layers) - self.budget:]
+        tokens = torch.tensor(texts, device=model.embed.weight.device)
+        predicted = model.logits(model(tokens[:, :-1], skip=skip)[-1][:, -last:]).argmax(-1)
+        self.scores.append((predicted == tokens[:, -last:]).float().mean().item())
         self.study.tell(trial, self.scores[-1])
-        if self.scores[-1] > self.score:
-            self.best, self.score = skip, self.scores[-1]
+        self.best, self.score = max((self.best, self.score), (skip, self.scores[-1]), key=lambda found: found[1])
+        self.left -= 1
 
 
-@torch.inference_mode()
-def agreement(model: Llama, tokens: torch.Tensor, last: int, skip) -> float:
-    """Share of the last tokens of each text (batch, length) that the model without ``skip`` predicts."""
-    predicted = model.logits(model(tokens[:, :-1], skip=skip)[-1][:, -last:]).argmax(-1)
-    return (predicted == tokens[:, -last:]).float().mean().item()
-
-
-def self_sd(target: Target, seed: int, trials: int = 240) -> Search:
+def self_sd(target, seed: int, trials: int = 240) -> Search:
     """Self-SD (Zhang et al. 2024): one set for all, found beforehand on held-out text, here the model's own. There
     attention and MLP blocks are searched for the time they save; here, to compare at the same M, whole layers for the
     greedy tokens they get right."""
-    prompts = [target.encode([text]) for text in HELD_OUT]
+    prompts, search = [target.encode([text]) for text in HELD_OUT], Search(target, seed, trials)
     length = max(map(len, prompts)) + 64
     texts = [[*p, *autoregressive(target.model, p, length - len(p))] for p in prompts]
-    tokens, search = torch.tensor(texts, device=target.model.embed.weight.device), Search(
-        target.layers, target.settings["skip_layers"], seed, trials // 3)
     for _ in tqdm(range(trials), desc="Self-SD searches", leave=False, disable=None):
-        search.step(lambda skip: agreement(target.model, tokens, 64, skip))
+        search.step(texts, 64)
     return search
 
 
-class Swift:
+class Swift(Search):
     """SWIFT (Xia et al. 2025): the set is searched for while decoding, on the text so far, then frozen. One set is tried
-    in each of the first ``steps`` cycles, on the last 64 tokens; the search goes on from text to text."""
+    in each of the first ``trials`` cycles, on the last 64 tokens; the search goes on from text to text."""
 
-    def __init__(self, target: Target, seed: int, steps: int = 200):
-        self.search, self.left = Search(target.layers, target.settings["skip_layers"], seed, steps // 3), steps
-
-    def __call__(self, target, prompt, count, stats, **common):
-        def optimizer(model, *_):
+    def __call__(self, model, prompt, count, *, stats, **common):
+        def optimizer(*_):
             text = [*prompt, *stats.tokens][-64:]
             if self.left and stats.new_tokens >= 16:
-                self.left -= 1
-                tokens = torch.tensor([text], device=model.embed.weight.device)
-                self.search.step(lambda skip: agreement(model, tokens, min(32, len(text) - 2), skip))
-            return choice(self.search.best)
+                self.step([text], min(32, len(text) - 2))
+            return Selection([frozenset(self.best)], [])
 
-        return paper(target, prompt, count, stats, optimizer=optimizer, **common | {"opt_interval": 1 if self.left else 10**9})
+        every = 1 if self.left else 10**9
+        return self.target.clasp(model, prompt, count, stats=stats, optimizer=optimizer, opt_interval=every, **common)
 
 
-def prompt_lookup(target, prompt, count, stats, *, temperature, **common):
+def prompt_lookup(target, model, prompt, count, *, stats, temperature=0.0, **common):
     """Drafts what followed the last 3, 2 or 1 tokens where they stood before; nothing is skipped, nothing computed."""
     def drafter(model, cache, token, skip, length, go_on, choose, stop):
-        text, found = [*prompt, *stats.tokens], []
-        for n in (3, 2, 1):
-            ends = (i + n for i in range(len(text) - n - 1, -1, -1) if text[i:i + n] == text[-n:])
-            if (end := next(ends, None)) is not None:
-                found = text[end:end + length]
-                break
+        text = [*prompt, *stats.tokens]
+        ends = (i + n for n in (3, 2, 1) for i in range(len(text) - n - 1, -1, -1) if text[i:i + n] == text[-n:])
+        end = next(ends, len(text))
+        found = text[end:end + length]
         found = found[:next((i + 1 for i, t in enumerate(found) if t in stop), len(found))]
         certain = F.one_hot(torch.tensor(found, dtype=torch.long, device=model.embed.weight.device), model.config.vocab_size)
         return found, list(certain.float()) if temperature else [None] * len(found)
 
-    return fixed(())(target, prompt, count, stats, temperature=temperature, drafter=drafter, **common)
+    return fixed(target, ())(model, prompt, count, stats=stats, temperature=temperature, drafter=drafter, **common)
 
 
-def methods_of(target: Target, names: list[str], seed: int) -> dict:
+def methods_of(target, names: list[str], seed: int) -> dict:
+    """The methods of these names, and plain decoding first; what must be searched beforehand is."""
     layers, budget = target.layers, target.settings["skip_layers"]
-    make = {"autoregressive": lambda: plain, "clasp": lambda: paper, "swift": lambda: Swift(target, seed),
-            "self-sd": lambda: fixed(self_sd(target, seed).best), "even": lambda: fixed(evenly(layers, budget)),
-            "random": lambda: fixed(random.Random(seed).sample(range(layers), budget)), "prompt-lookup": lambda: prompt_lookup}
-    if unknown := set(names) - set(make):
-        raise SettingsError(f"unknown methods {', '.join(sorted(unknown))}: choose from {', '.join(make)}")
+    make = {"autoregressive": lambda: autoregressive, "clasp": lambda: target.clasp, "swift": lambda: Swift(target, seed, 200),
+            "self-sd": lambda: fixed(target, self_sd(target, seed).best), "prompt-lookup": lambda: partial(prompt_lookup, target),
+            "even": lambda: fixed(target, [int((i + 0.5) * layers / budget) for i in range(budget)]),
+            "random": lambda: fixed(target, random.Random(seed).sample(range(layers), budget))}
+    unknown = ", ".join(sorted(set(names) - set(make)))
+    require(not unknown, f"unknown methods {unknown}: choose from {', '.join(make)}")
     return {name: make[name]() for name in dict.fromkeys(["autoregressive", *names])}
 
 
@@ -252,7 +223,7 @@ def read_questions(args) -> list[tuple[str, str, list[str]]]:
     questions = [(f"{group} {i}", group, [text]) for group, texts in PROMPTS.items() for i, text in enumerate(texts)]
     if args.questions:
         try:
-            lines = [json.loads(line) for line in Path(args.questions).read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in args.questions.read_text(encoding="utf-8").splitlines()]
             questions = [(str(q["question_id"]), GROUP.get(q["category"], "chat"), list(q["turns"])) for q in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(f"{args.questions}: not Spec-Bench's question.jsonl ({error!r})") from None
@@ -262,184 +233,227 @@ def read_questions(args) -> list[tuple[str, str, list[str]]]:
     return [q for all in groups.values() for q in (all[::max(1, len(all) // args.limit)][:args.limit] if args.limit else all)]
 
 
-NUMBERS = ("new_tokens", "cycles", "drafted", "accepted", "optimizations", "prefill_seconds", "seconds", "draft_seconds",
-           "verify_seconds", "optimize_seconds")
+class Results(dict):
+    """Lines by key. A new one is appended to a JSONL file at once, from which a stopped run takes what it has done."""
 
-
-def measure(target: Target, args, questions, path: Path) -> list[dict]:
-    """Every question by every method, ``repeat`` times at each temperature; one JSON line each, appended to path."""
-    header = {"model": target.name, "where": target.where, "settings": target.settings, "seed": args.seed,
-              "max_new_tokens": args.max_new_tokens}
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    if lines and lines[0] != header:
-        raise SettingsError(f"{path} holds another run ({lines[0]['model']}, {lines[0]['where']}): move it away or use another --out")
-    done = {tuple(line["key"]): line for line in lines[1:]}
-    methods = methods_of(target, args.methods, args.seed)
-    swift = methods.get("swift")
-    for line in lines if swift else ():                                 # take its search up where it was
-        swift.search.best, swift.search.score, swift.left = line.get("swift", (swift.search.best, swift.search.score, swift.left))
-    too_long = 0
-    with open(path, "a") as file:
-        def write(line):
-            print(json.dumps(line), file=file, flush=True)
-            done[tuple(line["key"])] = line
-
+    def __init__(self, path: Path, header: dict):
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        require(not lines or lines[0] == header, f"{path} holds another run: move it away or use another --out")
+        super().__init__((tuple(line["key"]), line) for line in lines[1:])
+        self.file = open(path, "a", buffering=1)                        # a line goes out when it ends
         if not lines:
-            print(json.dumps(header), file=file, flush=True)
-        for method in methods.values():                                 # first passes are slow
-            target.run(method, target.encode([HELD_OUT[0]]), 16)
-        total = len(args.temperatures) * sum(len(turns) for _, _, turns in questions) * args.repeat * len(methods)
-        with tqdm(total=total, unit="run", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60) as progress:
-            for temperature, (name, group, turns) in itertools.product(args.temperatures, questions):
-                messages = []
-                for turn, text in enumerate(turns):
-                    messages.append(text)
-                    prompt = target.encode(messages)
-                    if len(prompt) + args.max_new_tokens > target.model.config.max_position_embeddings:
-                        too_long += 1
-                        progress.update((len(turns) - turn) * args.repeat * len(methods))
-                        break
-                    key = (name, turn, 0.0, 0, "reference")              # the whole model's greedy answer, untimed
-                    if key not in done:
-                        write({"key": key, "tokens": target.run(same_width, prompt, args.max_new_tokens)[0].tokens})
-                    answer = done[key]["tokens"]
-                    for repeat in range(args.repeat):
-                        for method in random.Random(f"{name} {turn} {repeat}").sample(list(methods), len(methods)):
-                            key = (name, turn, temperature, repeat, method)
-                            if key not in done:
-                                stats, wall = target.run(methods[method], prompt, args.max_new_tokens, temperature, args.seed + repeat)
-                                line = {"key": key, "group": group, "wall": wall} | {n: getattr(stats, n) for n in NUMBERS}
-                                line["identical"] = stats.tokens == answer
-                                if method == "swift":
-                                    line["swift"] = sorted(swift.search.best), swift.search.score, swift.left
-                                write(line)
-                            progress.update()
-                    messages.append(target.decode(answer))
-    if too_long:
-        say(f"{too_long} prompts with their answers do not fit the model's context: left out")
-    return [line for line in done.values() if line["key"][-1] != "reference"]
+            print(json.dumps(header), file=self.file)
+
+    def __setitem__(self, key, line):
+        super().__setitem__(key, line)
+        print(json.dumps(line), file=self.file)
 
 
-def sums(lines) -> SimpleNamespace:
-    """Totals of some runs, and what follows from them: tau, acceptance, the terms of the cost model."""
-    s = SimpleNamespace(**{name: sum(line[name] for line in lines) for name in NUMBERS + ("wall",)})
-    s.tau, s.accepted_share = s.new_tokens / s.cycles, s.accepted / max(1, s.drafted)
-    s.verify = (s.verify_seconds or s.seconds) / s.cycles               # seconds of a pass
-    s.g, s.c = s.drafted / s.cycles, (s.draft_seconds / max(1, s.drafted)) / s.verify
-    s.bound = s.tau / (1 + s.g * s.c)
-    return s
+Prompt = namedtuple("Prompt", "question turn group tokens answer")      # answer: the whole model's greedy one
 
 
-def speedups(lines, temperature, method, group=None) -> list[float]:
-    """One for each question: medians of its repetitions, method against plain decoding."""
-    pace = defaultdict(list)
+def ask(target, args, questions, results: dict) -> list[Prompt]:
+    """Every turn of every question, after the whole model's greedy answers, untimed, to those before it."""
+    prompts, whole = [], partial(autoregressive, width=target.settings["draft_length"] + 1)
+    for name, group, turns in tqdm(questions, desc="greedy answers", leave=False, disable=None):
+        talk = []
+        for turn, text in enumerate(turns):
+            tokens, key = target.encode([*talk, text]), (name, turn, 0.0, 0, "reference")
+            if len(tokens) + args.max_new_tokens > target.model.config.max_position_embeddings:
+                say(f"{name}, from turn {turn + 1} on: left out, it does not fit the model's context")
+                break
+            if key not in results:
+                results[key] = {"key": key, "tokens": target.run(whole, tokens, args.max_new_tokens)[0].tokens}
+            prompts.append(Prompt(name, turn, group, tokens, results[key]["tokens"]))
+            talk += [text, target.decode(prompts[-1].answer)]
+    require(prompts, "there is no question that fits the model's context")
+    return prompts
+
+
+def interleave(target, args, methods: dict, prompts: list[Prompt], temperatures=(0.0,), results=None) -> list[dict]:
+    """Every prompt by every method, in random order, --repeat times, after a warm-up: a line each, found or made."""
+    for method in methods.values():                                     # first passes are slow
+        target.run(method, target.encode(HELD_OUT[:1]), 16)
+    results, lines = {} if results is None else results, []
+    jobs = [(*job, name) for job in itertools.product(temperatures, prompts, range(args.repeat))
+            for name in random.Random(str(job)).sample(list(methods), len(methods))]
+    for temperature, prompt, repeat, name in tqdm(jobs, unit="run", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60):
+        key = (prompt.question, prompt.turn, temperature, repeat, name)
+        if key not in results:
+            stats, wall = target.run(methods[name], prompt.tokens, args.max_new_tokens, temperature=temperature,
+                                     seed=args.seed + repeat)
+            line = {"key": key, "group": prompt.group, "wall": wall, "new_tokens": stats.new_tokens,
+                    "identical": stats.tokens == prompt.answer}
+            line |= {number: value for number, value in vars(stats).items() if isinstance(value, int | float)}
+            if name == "swift":
+                line["search"] = methods[name].best, methods[name].score, methods[name].left
+            results[key] = line
+        lines.append(results[key])
+    return lines
+
+
+def summary(lines: list[dict], method: str, temperature: float = 0.0, group: str | None = None) -> SimpleNamespace:
+    """What a method's runs come to: sums; tau; the cost model's g, c and bound; seconds of a pass; and the speedup, for each
+    prompt plain decoding's seconds a token (medians over its repetitions) to the method's: the quartiles over prompts."""
+    lines = [line for line in lines if line["key"][2] == temperature and group in (None, line["group"])]
+    mine, paces = [line for line in lines if line["key"][-1] == method], defaultdict(list)
     for line in lines:
-        if line["key"][2] == temperature and line["key"][-1] in (method, "autoregressive") and group in (None, line.get("group")):
-            pace[tuple(line["key"][:2]), line["key"][-1]].append(line["seconds"] / line["new_tokens"])
-    return [statistics.median(pace[q, "autoregressive"]) / statistics.median(times)
-            for (q, name), times in pace.items() if name == method and (q, "autoregressive") in pace]
+        question, turn, *_, name = line["key"]
+        paces[question, turn, name].append(line["seconds"] / line["new_tokens"])
+    ratios = [statistics.median(paces[question, turn, "autoregressive"]) / statistics.median(pace)
+              for (question, turn, name), pace in paces.items() if name == method]
+    s = SimpleNamespace(runs=len(mine), **{name: sum(line[name] for line in mine) for name, value in mine[0].items()
+                                           if isinstance(value, int | float)})
+    s.lower_quartile, s.speedup, s.upper_quartile = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    s.tokens_per_second = statistics.median(line["new_tokens"] / line["seconds"] for line in mine)
+    s.tau, s.g, s.accepted_share = s.new_tokens / s.cycles, s.drafted / s.cycles, s.accepted / max(1, s.drafted)
+    s.pass_seconds = (s.verify_seconds or s.seconds) / s.cycles
+    s.c = s.draft_seconds / max(1, s.drafted) / s.pass_seconds
+    s.bound = s.tau / (1 + s.g * s.c)
+    s.draft, s.verify, s.optimize = s.draft_seconds / s.wall, s.verify_seconds / s.wall, s.optimize_seconds / s.wall
+    s.rest = 1 - s.seconds / s.wall
+    return s
 
 
 def write_csv(path: Path, rows: list[dict]):
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+        csv.writer(file).writerows([rows[0], *(row.values() for row in rows)])
 
 
-def table(target: Target, lines: list[dict], args) -> str:
+def table(target, args, questions) -> str:
     """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; where CLaSp's time goes; and all as CSV."""
-    groups, rows = list(dict.fromkeys(line["group"] for line in lines)), []
-    out = [f"# {target.name}\n\n{target.where}. {target.layers} layers, CLaSp's settings {target.settings}. {args.max_new_tokens} new "
-           f"tokens at most; {len({tuple(line['key'][:2]) for line in lines})} prompts x {args.repeat}, interleaved. A prompt's speedup is "
-           "the ratio of medians, a group's the median over prompts, with quartiles over all. In a group: tau / speedup. Identical: "
-           "greedy tokens equal to plain decoding's in passes of CLaSp's width."]
+    results = Results(args.out, {"model": target.name, "where": target.where, "settings": target.settings, "seed": args.seed,
+                                 "max_new_tokens": args.max_new_tokens})
+    methods = methods_of(target, args.methods, args.seed)
+    searches = [line["search"] for line in results.values() if "search" in line]
+    if searches and "swift" in methods:                                 # take its search up where it was
+        methods["swift"].best, methods["swift"].score, methods["swift"].left = searches[-1]
+    prompts = ask(target, args, questions, results)
+    lines = interleave(target, args, methods, prompts, args.temperatures, results)
+    groups, rows = [*dict.fromkeys(prompt.group for prompt in prompts), None], []
+    out = [f"# {target.name}\n\n{target.where}. {target.layers} layers, CLaSp's settings {target.settings}. {args.max_new_tokens} "
+           f"new tokens at most; {len(prompts)} prompts x {args.repeat}, interleaved. A prompt's speedup is the ratio of medians, "
+           "a group's the median over prompts, with quartiles over all. In a group: tau / speedup. Identical: greedy tokens "
+           "equal to plain decoding's in passes of CLaSp's width."]
     for temperature in args.temperatures:
-        out.append(f"\n## Temperature {temperature:g}\n\n| method | {' | '.join(groups)} | tau | accepted | tokens/s | speedup "
-                   f"| identical |\n|{'---|' * (len(groups) + 6)}")
-        for name in dict.fromkeys(["autoregressive", *args.methods]):
-            cells = []
-            for group in [*groups, None]:
-                mine = [line for line in lines if line["key"][2] == temperature and line["key"][-1] == name and group in (None, line["group"])]
-                s, ratios = sums(mine), speedups(lines, temperature, name, group)
-                low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-                rows.append({"temperature": temperature, "method": name, "group": group or "overall", "tau": s.tau, "accepted": s.accepted_share,
-                             "tokens_per_second": statistics.median(line["new_tokens"] / line["seconds"] for line in mine), "speedup": middle,
-                             "lower_quartile": low, "upper_quartile": high, "runs": len(mine), "identical": sum(line["identical"] for line in mine)})
-                cells.append(f"{s.tau:.2f} / {middle:.2f}")
-            r = rows[-1]
-            cells[-1] = (f"{r['tau']:.2f} | {100 * r['accepted']:.0f} % | {r['tokens_per_second']:.1f} | **{middle:.2f}x** ({low:.2f} to {high:.2f})"
-                         f" | {str(r['identical']) + ' of ' + str(r['runs']) if temperature == 0 else '-'}")
-            out.append(f"| {name} | {' | '.join(cells)} |")
-            if name == "clasp":
-                took = ", ".join(f"{part} {getattr(s, part + '_seconds') / s.wall:.1%}" for part in ("draft", "verify", "optimize"))
-                step = sums([line for line in lines if line["key"][2] == temperature and line["key"][-1] == "autoregressive"])
-                time = (f"\nCLaSp's time: {took}, rest {1 - s.seconds / s.wall:.1%}. A verify pass takes {s.verify / step.verify:.2f} plain "
-                        f"steps; c = {s.c:.3f}, g = {s.g:.2f}: bound tau / (1 + g c) = {s.bound:.2f}, measured {middle / s.bound:.2f} of it.")
-        out += [time] if "clasp" in args.methods else []
+        out.append(f"\n## Temperature {temperature:g}\n\n| method | {' | '.join(groups[:-1])} | tau | accepted | tokens/s "
+                   f"| speedup | identical |\n|{'---|' * (len(groups) + 5)}")
+        found = {name: [summary(lines, name, temperature, group) for group in groups] for name in methods}
+        for name, cells in found.items():
+            rows += [{"temperature": temperature, "method": name, "group": group or "overall", **vars(s)}
+                     for group, s in zip(groups, cells)]
+            s = cells[-1]
+            out.append(f"| {name} | {' | '.join(f'{cell.tau:.2f} / {cell.speedup:.2f}' for cell in cells[:-1])} | {s.tau:.2f} "
+                       f"| {100 * s.accepted_share:.0f} % | {s.tokens_per_second:.1f} | **{s.speedup:.2f}x** ({s.lower_quartile:.2f} "
+                       f"to {s.upper_quartile:.2f}) | {f'{s.identical} of {s.runs}' if temperature == 0 else '-'} |")
+        if "clasp" in found:
+            s, step = found["clasp"][-1], found["autoregressive"][-1]
+            out.append(f"\nCLaSp's time: draft {s.draft:.1%}, verify {s.verify:.1%}, optimize {s.optimize:.1%}, rest {s.rest:.1%}. "
+                       f"A verify pass takes {s.pass_seconds / step.pass_seconds:.2f} plain steps; c = {s.c:.3f}, g = {s.g:.2f}: "
+                       f"bound tau / (1 + g c) = {s.bound:.2f}, measured {s.speedup / s.bound:.2f} of it.")
     write_csv(args.out.with_suffix(".csv"), rows)
     return "\n".join(out) + "\n"
 
 
-# ---------------------------------------------------------------------------- the figures
+# ---------------------------------------------------------------------------- steps
 
-def save(folder: Path, name: str, target: Target, rows: list[dict], draw):
-    """rows as NAME.csv, and what ``draw(axes)`` makes of them as NAME.png."""
-    from matplotlib import pyplot
-    pyplot.switch_backend("Agg")                                        # needs no screen
-    folder.mkdir(parents=True, exist_ok=True)
-    write_csv(folder / f"{name}.csv", rows)
-    pyplot.rcParams.update({"font.size": 14, "figure.figsize": (8.5, 5.2), "axes.grid": True, "grid.alpha": 0.3})
-    figure, axes = pyplot.subplots()
-    draw(axes)
-    figure.text(0.01, 0.01, f"{target.name}; {target.where}", fontsize=8)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(folder / f"{name}.png", dpi=110)
-    pyplot.close(figure)
-    say(f"  {folder / name}.png, .csv")
+def timed(model: Llama, work: dict, repeat: int) -> dict[str, list[float]]:
+    """Seconds of each piece of work, ``repeat`` times, in turn, after two times for warmth."""
+    now, times = clock(model), defaultdict(list)
+    for _ in range(repeat + 2):
+        for name, do in work.items():
+            start = now()
+            do()
+            times[name].append(now() - start)
+    return {name: taken[2:] for name, taken in times.items()}
 
 
-def column(rows, name):
-    return [row[name] for row in rows]
+def steps(target, prompt: list[int], repeat: int) -> dict[str, float]:
+    """Seconds of each kind of work after a prompt, medians of ``repeat`` interleaved runs."""
+    model, m, k, half = target.model, target.settings["skip_layers"], target.settings["draft_length"], target.layers // 2
+    width, greedy = exact_width(model, k + 1), partial(pick, temperature=0, top_p=1, rng=None)
+    cache = KVCache(model, len(prompt) + 8, max(width, 8))
+    hidden = prefill(model, cache, prompt)
+    state = hidden[None, -1:]
+
+    def rows(count, width=None):
+        full_pass(model, cache, [0] * count, width)[1].argmax(-1).tolist()
+        cache.length = len(prompt)
+
+    def dp(budget, select):
+        return optimize(model, cache, hidden, budget, select).skip_sets
+
+    skip = dp(m, select_layers)[m]
+    times = timed(model, {
+        "plain step": lambda: rows(1), "verify pass": lambda: rows(k + 1, width), "8 rows": lambda: rows(8),
+        "head": lambda: model.logits(state).argmax().item(),
+        "draft token": lambda: draft(model, cache, 0, skip, 1, bool, greedy, ()),
+        "DP": lambda: dp(m, partial(select_layers, smallest=m)),
+        f"DP, M = {half}": lambda: dp(half, partial(select_layers, smallest=half)),
+        "DP, every M": lambda: dp(m, select_layers), "DP, cell by cell": lambda: dp(m, select_layers_plain)}, repeat)
+    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
-def curves(rows, x, styles, **labels):
+def speed(target, args, questions) -> str:
+    """What each step costs beside a plain one, and a plain one beside reading its weights and beside transformers."""
+    model, prompt, count, weight = target.model, target.encode(questions[-1][2][:1]), 48, target.model.embed.weight
+    t, big = steps(target, prompt, max(args.repeat, 9)), torch.zeros(2 ** 26, device=weight.device)
+    work = {"read": big.sum}
+    if target.text:
+        from transformers import AutoModelForCausalLM
+        other, start = AutoModelForCausalLM.from_pretrained(target.text.folder, dtype=weight.dtype).to(weight.device), prompt[:4]
+        row, options = torch.tensor([start], device=weight.device), dict(max_new_tokens=count, min_new_tokens=count, do_sample=False)
+        work |= {"ours": lambda: list(autoregressive(model, start, count)), "theirs": lambda: other.generate(row, **options)}
+    pairs = timed(model, work, max(args.repeat, 5))
+    step, best = t["plain step"], big.nbytes / min(pairs["read"])
+    share = (step - t["head"]) * (1 - target.settings["skip_layers"] / target.layers) + t["head"]
+    out = [f"# Steps: {target.name}\n\n{target.where}; settings {target.settings}; after {len(prompt)} tokens; medians of "
+           "interleaved runs.\n\n| | time | plain steps | verify passes |\n|---|---|---|---|",
+           *(f"| {name} | {1e3 * s:.2f} ms | {s / step:.2f} | {s / t['verify pass']:.2f} |" for name, s in t.items()),
+           f"\nA plain step reads {target.bytes / 1e6:.0f} MB at {target.bytes / step / 1e9:.1f} GB/s; the best of "
+           f"{len(pairs['read'])} sums over 268 MB read {best / 1e9:.1f} GB/s: {target.bytes / step / best:.2f} of it. A draft token "
+           f"costs {t['draft token'] / share:.2f} of its share of the layers and the head."]
+    if target.text:
+        ratio = statistics.median(theirs / ours for theirs, ours in zip(pairs["theirs"], pairs["ours"]))
+        out.append(f"\nPlain decoding is {ratio:.2f}x as fast as transformers' generate ({count} tokens after 4, "
+                   f"{len(pairs['ours'])} pairs).")
+    return "\n".join(out) + "\n"
+
+
+# -------------------------------------------------- the figures, declared: each a name, rows for a CSV, and draw(axes)
+
+def curves(rows: list[dict], x: str, styles: dict[str, str], **labels):
+    """draw(axes): the columns named in ``styles`` against the column ``x``."""
     def draw(axes):
         for name, style in styles.items():
-            axes.plot(column(rows, x), column(rows, name), style, label=name)
-        axes.set(xlabel=x, **labels)
+            axes.plot([row[x] for row in rows], [row[name] for row in rows], style, label=name.replace("_", " "))
+        axes.set(**{"xlabel": x} | labels)
         axes.legend()
     return draw
 
 
-@torch.inference_mode()
-def persistence(target: Target, args, prompts):
+def persistence(target, args, prompts):
     """Fig. 3a: how alike the sets chosen at two tokens are, against the tokens between them (Jaccard similarity)."""
-    budget, alike = target.layers * 44 // 80, defaultdict(list)          # the paper's M
-    for prompt in prompts[:4]:
-        text, sets = [*prompt, *target.run(plain, prompt, 96)[0].tokens], []
-        cache = KVCache(target.model, len(text))
-        prefill(target.model, cache, prompt)
-        for token in text[len(prompt):]:
-            sets.append(optimize(target.model, cache, prefill(target.model, cache, [token]), budget).skip_sets[budget])
-        for distance in range(1, 65):
-            alike[distance] += [len(a & b) / len(a | b) for a, b in zip(sets, sets[distance:]) if a | b]
-    generator = random.Random(0)
-    pairs = [[set(generator.sample(range(target.layers), budget)) for _ in range(2)] for _ in range(2000)]
-    chance = statistics.mean(len(a & b) / len(a | b) for a, b in pairs)
-    rows = [{"distance (tokens)": d, "dynamic programme": statistics.mean(values), "random sets": chance} for d, values in alike.items()]
-    save(args.figures, "3a_sparse_persistence", target, rows, curves(
-        rows, "distance (tokens)", {"dynamic programme": "C0", "random sets": "k--"}, ylabel="Jaccard similarity", ylim=(0, 1.02),
-        title=f"Sets chosen at two tokens ({budget} of {target.layers} layers skipped)"))
+    def alike(sets, distance):
+        return [len(a & b) / len(a | b) for a, b in zip(sets, sets[distance:])]
+
+    budget, draws, x = target.layers * 44 // 80, random.Random(0), "distance (tokens)"               # the paper's M
+    at_every_token = dict(drafter=lambda *_: ([], []), opt_interval=1, skip_layers=budget)
+    texts = [[skip for _, skip in target.run(target.clasp, prompt.tokens, 96, **at_every_token)[0].skip_sets] for prompt in prompts[:4]]
+    chance = alike([frozenset(draws.sample(range(target.layers), budget)) for _ in range(2000)], 1)
+    rows = [{x: d, "dynamic programme": statistics.mean(itertools.chain.from_iterable(alike(sets, d) for sets in texts)),
+             "random sets": statistics.mean(chance)} for d in range(1, 65)]
+    yield "3a_sparse_persistence", rows, curves(
+        rows, x, {"dynamic programme": "C0", "random sets": "k--"}, ylabel="Jaccard similarity", ylim=(0, 1.02),
+        title=f"Sets chosen at two tokens ({budget} of {target.layers} layers skipped)")
 
 
-@torch.inference_mode()
-def markov(target: Target, args, prompts, size: int = 10):
-    """Fig. 3b: on a window of layers, all others run: cosine of the programme's set, the best of all sets, their mean."""
-    first, found = (target.layers - size) // 2, defaultdict(lambda: defaultdict(list))
+def markov(target, args, prompts, size: int = 10):
+    """Fig. 3b: on a window of layers, all others run: cosine of the best of all sets, the programme's set, all sets' mean."""
+    first, found, styles = (target.layers - size) // 2, [], {"brute force": "k--", "dynamic programme": "C0o-", "random": "C3s-"}
     for prompt in prompts[:6]:
-        cache = KVCache(target.model, len(prompt), 64)
-        hidden = prefill(target.model, cache, prompt)
+        cache = KVCache(target.model, len(prompt.tokens), 64)
+        hidden = prefill(target.model, cache, prompt.tokens)
         layer, part = candidate_layer(target.model, cache, 64), hidden[first:first + size + 1]
         by_dp = select_layers(lambda i, rows: layer(first + i, rows), part, size)
         states, skipped = part[:1], torch.zeros(1, dtype=torch.long)
@@ -447,155 +461,86 @@ def markov(target: Target, args, prompts, size: int = 10):
             states = torch.cat([*(layer(first + i, rows) for rows in states.split(64)), states])
             skipped = torch.cat((skipped, skipped + 1))
         cosines = F.cosine_similarity(states.float(), part[-1:].float()).cpu()
-        for m in range(size + 1):
-            every = cosines[skipped == m]
-            found[m]["dynamic programme"].append(by_dp.cosines[m])
-            found[m]["brute force"].append(every.max().item())
-            found[m]["random"].append(every.mean().item())
+        every = [cosines[skipped == m] for m in range(size + 1)]
+        found.append([[c.max().item() for c in every], by_dp.cosines, [c.mean().item() for c in every]])
     x = f"layers skipped of {first} to {first + size - 1}"
-    rows = [{x: m} | {name: statistics.mean(values) for name, values in at.items()} for m, at in found.items()]
-    save(args.figures, "3b_markov", target, rows, curves(
-        rows, x, {"brute force": "k--", "dynamic programme": "C0o-", "random": "C3s-"}, ylabel="cosine with the true state after them",
-        title="One survivor a cell is nearly as good as trying all sets"))
+    rows = [{x: m} | dict(zip(styles, cosines)) for m, cosines in enumerate(torch.tensor(found).mean(0).T.tolist())]
+    yield "3b_markov", rows, curves(rows, x, styles, ylabel="cosine with the true state after them",
+                                    title="One survivor a cell is nearly as good as trying all sets")
 
 
-@torch.inference_mode()
-def steps(target: Target, prompt: list[int], repeat: int) -> dict[str, float]:
-    """Seconds of each kind of work after a prompt, medians of ``repeat`` interleaved runs."""
-    model, m, k, layers = target.model, target.settings["skip_layers"], target.settings["draft_length"], target.layers
-    now, width, n, half = clock(model), exact_width(model, k + 1), len(prompt), layers // 2
-    cache = KVCache(model, n + 8, max(width, 8))
-    hidden = prefill(model, cache, prompt)
-    one, greedy = partial(select_layers, smallest=m), partial(pick, temperature=0, top_p=1, rng=None)
-    skip, state = optimize(model, cache, hidden, m, one).skip_sets[0], hidden[None, -1:]
-    work = {"plain step": lambda: full_pass(model, cache, [0], None)[1].argmax().item(),
-            "verify pass": lambda: full_pass(model, cache, [0] * (k + 1), width)[1].argmax(-1).tolist(),
-            "8 rows": lambda: full_pass(model, cache, [0] * 8, None)[1].argmax(-1).tolist(),
-            "head": lambda: model.logits(state).argmax().item(),
-            "draft token": lambda: draft(model, cache, 0, skip, 1, bool, greedy, ()),
-            "DP": lambda: optimize(model, cache, hidden, m, one),
-            f"DP, M = {half}": lambda: optimize(model, cache, hidden, half, partial(select_layers, smallest=half)),
-            "DP, every M": lambda: optimize(model, cache, hidden, m),
-            "DP, cell by cell": lambda: optimize(model, cache, hidden, m, select_layers_plain)}
-    times = defaultdict(list)
-    for _ in range(repeat + 2):
-        for name, do in work.items():
-            cache.length = n
-            start = now()
-            do()
-            times[name].append(now() - start)
-    return {name: statistics.median(taken[2:]) for name, taken in times.items()}
-
-
-@torch.inference_mode()
-def speed(target: Target, args, prompt: list[int]) -> str:
-    """What each step costs beside a plain one, and a plain one beside reading its weights and beside transformers."""
-    model, now, count = target.model, clock(target.model), 48
-    t = steps(target, prompt, max(args.repeat, 9))
-    ours, theirs, reads, other, big = [], [], [], None, torch.zeros(2 ** 26, device=model.embed.weight.device)
-    if target.text:
-        from transformers import AutoModelForCausalLM
-        like = model.embed.weight
-        other = AutoModelForCausalLM.from_pretrained(target.text.folder, dtype=like.dtype).to(like.device)
-    for _ in range(max(args.repeat, 5) + 1):
-        start = now()
-        big.sum()
-        reads.append(big.nbytes / (now() - start))
-        if other:
-            start = now()
-            list(autoregressive(model, prompt[:4], count))
-            ours.append(now() - start)
-            start = now()
-            other.generate(torch.tensor([prompt[:4]], device=like.device), max_new_tokens=count, min_new_tokens=count, do_sample=False)
-            theirs.append(now() - start)
-    step, share = t["plain step"], (t["plain step"] - t["head"]) * (1 - target.settings["skip_layers"] / target.layers) + t["head"]
-    rows = [(name, f"{1e3 * taken:.2f} ms", f"{taken / step:.2f}", f"{taken / t['verify pass']:.2f}") for name, taken in t.items()]
-    out = [f"# Steps: {target.name}\n\n{target.where}; settings {target.settings}; after {len(prompt)} tokens; medians of interleaved runs.\n",
-           "| | time | plain steps | verify passes |\n|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows),
-           f"\nA plain step reads {target.bytes / 1e6:.0f} MB at {target.bytes / step / 1e9:.1f} GB/s; the best of {len(reads)} sums over 268 MB "
-           f"read {max(reads) / 1e9:.1f} GB/s: {target.bytes / step / max(reads):.2f} of it. A draft token costs {t['draft token'] / share:.2f} of its "
-           "share of the layers and the head."]
-    if other:
-        out.append(f"\nPlain decoding is {statistics.median(t / o for t, o in zip(theirs[1:], ours[1:])):.2f}x as fast as "
-                   f"transformers' generate ({count} tokens after 4, {len(ours) - 1} pairs).")
-    return "\n".join(out) + "\n"
-
-
-@torch.inference_mode()
-def breakdown(target: Target, args, prompts):
+def breakdown(target, args, prompts):
     """Fig. 3c: shares of the time, and one run of the programme, packed and cell by cell, in verify passes."""
-    runs = [target.run(paper, prompt, args.max_new_tokens) for prompt in prompts[:6] for _ in range(3)]
-    wall = sum(wall for _, wall in runs)
-    rows = [{"what": part, "value": sum(getattr(stats, f"{part}_seconds") for stats, _ in runs) / wall, "unit": "share of decoding"}
-            for part in ("draft", "verify", "optimize")]
-    rows.append({"what": "rest", "value": 1 - sum(column(rows, "value")), "unit": "share of decoding"})
-    times = steps(target, prompts[0], 9)
+    s = summary(interleave(target, args, {"autoregressive": autoregressive, "clasp": target.clasp}, prompts), "clasp")
+    times = steps(target, prompts[0].tokens, 9)
+    rows = [{"what": part, "value": getattr(s, part), "unit": "share of decoding"} for part in ("draft", "verify", "optimize", "rest")]
     rows += [{"what": name, "value": times[key] / times["verify pass"], "unit": "verify passes"} for name, key in (
         ("verify pass", "verify pass"), ("programme, packed rows", "DP"), ("programme, cell by cell", "DP, cell by cell"))]
 
     def draw(axes):
-        bars = axes.barh([f"{row['what']}\n({row['unit']})" for row in rows][::-1], column(rows, "value")[::-1], color=["C4"] * 3 + ["C0"] * 4)
+        bars = axes.barh([f"{row['what']}\n({row['unit']})" for row in rows], [row["value"] for row in rows],
+                         color=["C0"] * 4 + ["C4"] * 3)
         axes.bar_label(bars, fmt="%.2f", padding=3)
         axes.set(xlabel="share of decoding (blue); verify passes (purple)", title="Where the time goes", xscale="symlog")
         axes.tick_params(axis="y", labelsize=9)
-    save(args.figures, "3c_time", target, rows, draw)
+        axes.invert_yaxis()
+    yield "3c_time", rows, draw
 
 
-def sweep(target: Target, args, prompts, name: str, setting: str, label: str, values) -> list[dict]:
-    """Speedup and tau for each value of one setting, all interleaved: greedy, 4 prompts x --repeat."""
-    lines, methods = [], {"autoregressive": (plain, {})} | {v: (paper, {setting: v}) for v in values}
-    jobs = list(itertools.product(range(min(4, len(prompts))), range(args.repeat)))
-    for i, repeat in tqdm(jobs, desc=setting, leave=False, disable=None):
-        for method in random.Random(f"{i} {repeat}").sample(list(methods), len(methods)):
-            stats, wall = target.run(methods[method][0], prompts[i], args.max_new_tokens, **methods[method][1])
-            lines.append({"key": (i, 0, 0, repeat, method), "wall": wall} | {n: getattr(stats, n) for n in NUMBERS})
-    rows = []
-    for value in values:
-        s = sums([line for line in lines if line["key"][-1] == value])
-        low, middle, high = statistics.quantiles(speedups(lines, 0, value), n=4)
-        rows.append({setting: value, "speedup": middle, "lower_quartile": low, "upper_quartile": high, "tau": s.tau,
-                     "accepted": s.accepted_share, "c": s.c, "g": s.g, "bound": s.bound, "optimize_share": s.optimize_seconds / s.seconds})
-
-    def draw(axes):
-        axes.plot(values, column(rows, "speedup"), "C0o-", label="speedup")
-        axes.fill_between(values, column(rows, "lower_quartile"), column(rows, "upper_quartile"), alpha=0.2)
-        axes.axhline(1, color="grey", linewidth=1)
-        axes.set(xlabel=label, ylabel="speedup over plain decoding", title=f"Speedup and tau against the {label}")
-        if setting == "opt_interval":
-            axes.set_xscale("log", base=2)
-        other = axes.twinx()
-        other.plot(values, column(rows, "tau"), "C1s--", label="tau")
-        other.set_ylabel("tau (tokens per verify pass)")
-        axes.legend(handles=[axes.lines[0], *other.lines])
-    save(args.figures, name, target, rows, draw)
-    return rows
+def sweeps(target, args, prompts):
+    """Figs. 4a to 4c: speedup and tau for each value of one setting, all interleaved; for 4a beside the cost model's bound."""
+    shares, x = (2, 4, 6, 8, 10, 12, 14, 16, 18, 19), "bound, tau / (1 + g c)"
+    styles = {"tau": "C1s--", "speedup": "C0o-", "upper_quartile": "C0:", "lower_quartile": "C0:"}
+    for name, setting, label, values, scale in (
+            ("4a_skipped_layers", "skip_layers", "number of skipped layers M",
+             sorted({target.layers * share // 20 for share in shares} | {target.settings["skip_layers"]}), "linear"),
+            ("4b_interval", "opt_interval", "optimisation interval (cycles)", [2 ** i for i in range(8)], "log"),
+            ("4c_exit_threshold", "exit_threshold", "draft-exit threshold", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9], "linear")):
+        methods = {"autoregressive": autoregressive} | {value: partial(target.clasp, **{setting: value}) for value in values}
+        lines = interleave(target, args, methods, prompts[:4])
+        rows = [{setting: value, **vars(summary(lines, value))} for value in values]
+        yield name, rows, curves(rows, setting, styles, xlabel=label, xscale=scale, title=f"Speedup and tau against the {label}",
+                                 ylabel="speedup over plain decoding;\ntau (tokens per verify pass)")
+        if setting == "skip_layers":
+            bounds = [{x: row["bound"], "0.9 of it": 0.9 * row["bound"], "measured": row["speedup"], "M": row[setting]}
+                      for row in sorted(rows, key=lambda row: row["bound"])]
+            yield "bound", bounds, curves(bounds, x, {x: "k--", "0.9 of it": "k:", "measured": "C0o"}, ylabel="speedup",
+                                          title="Measured speedup and the cost model's bound, for each M")
 
 
-def sweeps(target: Target, args, prompts):
-    """Figs. 4a to 4c, and for every setting of 4a the speedup measured beside the cost model's bound."""
-    some = sorted({round(target.layers * x) for x in (.1, .2, .3, .4, .5, .6, .7, .8, .9, .95)} | {target.settings["skip_layers"]})
-    by_m = sweep(target, args, prompts, "4a_skipped_layers", "skip_layers", "number of skipped layers M", some)
-    sweep(target, args, prompts, "4b_interval", "opt_interval", "optimisation interval (cycles)", [2 ** i for i in range(8)])
-    sweep(target, args, prompts, "4c_exit_threshold", "exit_threshold", "draft-exit threshold", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9])
-
-    rows = sorted(({"bound, tau / (1 + g c)": r["bound"], "0.9 of it": 0.9 * r["bound"], "measured": r["speedup"], "M": r["skip_layers"]}
-                   for r in by_m), key=lambda row: row["0.9 of it"])
-    save(args.figures, "bound", target, rows, curves(
-        rows, "bound, tau / (1 + g c)", {"bound, tau / (1 + g c)": "k--", "0.9 of it": "k:", "measured": "C0o"}, ylabel="speedup",
-        title="Measured speedup and the cost model's bound, for each M"))
-
-
-def heat_map(target: Target, args, prompts):
+def heat_map(target, args, prompts):
     """Which layers are skipped as one text unfolds."""
     budget, names = target.layers * 44 // 80, [f"layer {i}" for i in range(target.layers)]
-    stats, _ = target.run(paper, prompts[0], max(args.max_new_tokens, 200), opt_interval=4, skip_layers=budget)
+    stats, _ = target.run(target.clasp, prompts[0].tokens, max(args.max_new_tokens, 200), opt_interval=4, skip_layers=budget)
     rows = [{"new tokens": at} | {name: int(i in skip) for i, name in enumerate(names)} for at, skip in stats.skip_sets]
 
     def draw(axes):
-        edges = [*column(rows, "new tokens"), stats.new_tokens], range(target.layers + 1)
-        axes.pcolormesh(*edges, [column(rows, name) for name in names], cmap="Greys", vmax=1.6)
+        edges = [*(row["new tokens"] for row in rows), stats.new_tokens], range(target.layers + 1)
+        axes.pcolormesh(*edges, [[row[name] for row in rows] for name in names], cmap="Greys", vmax=1.6)
         axes.set(xlabel="new tokens", ylabel="layer", title=f"The {budget} layers skipped (grey) as a text unfolds")
-    save(args.figures, "skipped_layers", target, rows, draw)
+    yield "skipped_layers", rows, draw
+
+
+def figures(target, args, questions) -> str:
+    """Every figure as NAME.png, with its rows as NAME.csv, in --figures; returns a page that shows them."""
+    from matplotlib import pyplot
+    pyplot.switch_backend("Agg")                                        # needs no screen
+    pyplot.rcParams.update({"font.size": 14, "figure.figsize": (8.5, 5.2), "axes.grid": True, "grid.alpha": 0.3})
+    args.figures.mkdir(parents=True, exist_ok=True)
+    some = [(name, group, turns[:1]) for name, group, turns in random.Random(args.seed).sample(questions, len(questions))]
+    prompts, out = ask(target, args, some[:6], {}), [f"# Figures: {target.name}\n\n{target.where}; settings {target.settings}.\n"]
+    for make in (persistence, markov, breakdown, sweeps, heat_map):
+        for name, rows, draw in make(target, args, prompts):
+            figure, axes = pyplot.subplots()
+            draw(axes)
+            figure.text(0.01, 0.01, f"{target.name}; {target.where}", fontsize=8)
+            figure.tight_layout(rect=(0, 0.03, 1, 1))
+            figure.savefig(args.figures / f"{name}.png", dpi=110)
+            pyplot.close(figure)
+            write_csv(args.figures / f"{name}.csv", rows)
+            out.append(f"![{name}]({name}.png)")
+            say(f"  {args.figures / name}.png, .csv")
+    return "\n".join(out) + "\n"
 
 
 # ---------------------------------------------------------------------------- the command line
@@ -605,46 +550,40 @@ def numbers(text: str) -> list[float]:
 
 
 def arguments(argv: list[str] | None):
+    """Of each option: name, type or choices, default, what it is."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    for name, default, metavar, kind, text in (
-            ("model", str(BUNDLED), "PATH_OR_REPO", str, "default: the bundled model"),
-            ("residual", 0.1, "F", float, "synthetic: scale of what the middle layers add; less: more is accepted; default: %(default)s"),
-            ("questions", None, "FILE", str, "Spec-Bench's question.jsonl; default: our own prompts"),
-            ("limit", None, "N", int, "questions of each group; default: all"),
-            ("methods", "clasp,self-sd,swift,even,random,prompt-lookup", "A,B,..", lambda text: text.split(","), "default: %(default)s"),
-            ("temperatures", "0,1", "T,..", numbers, "default: %(default)s"),
-            ("max-new-tokens", 128, "N", int, "default: %(default)s"),
-            ("repeat", 3, "N", int, "runs of everything that is timed; default: %(default)s"),
-            ("skip-layers", None, "M", int, "default for this and the next three: what the model suggests, as in generate.py"),
-            ("draft-length", None, "K", int, None), ("exit-threshold", None, "X", float, None), ("opt-interval", None, "N", int, None),
-            ("device", None, "cpu|cuda|cuda:N|mps", str, None), ("seed", 0, "S", int, None),
-            ("out", "bench.jsonl", "FILE", Path, "results, one a line; the table goes beside it as .md and .csv; default: %(default)s"),
-            ("speed", None, "FILE", Path, "time the steps instead (plain, verify, draft, DP; transformers), into a Markdown file"),
-            ("figures", None, "DIR", Path, "draw the figures into DIR instead of the table")):
-        parser.add_argument(f"--{name}", default=default, metavar=metavar, type=kind, help=text)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--synthetic", choices=list(SHAPES), help="random weights of this shape instead of a model")
+    for name, kind, default, text in (
+            ("model", str, None, "a folder or a Hugging Face repo id; default: the bundled model"),
+            ("synthetic", list(SHAPES), None, "random weights of this shape instead of a model"),
+            ("residual", float, 0.1, "synthetic: scale of what the middle layers add; less: more is accepted"),
+            ("questions", Path, None, "Spec-Bench's question.jsonl; default: our own prompts"),
+            ("limit", int, None, "questions of each group; default: all"),
+            ("methods", lambda text: text.split(","), "clasp,self-sd,swift,even,random,prompt-lookup", "rows of the table"),
+            ("temperatures", numbers, "0,1", "0 is greedy"), ("max-new-tokens", int, 128, "for each question"),
+            ("repeat", int, 3, "runs of everything that is timed"), ("seed", int, 0, "of samples, searches and the random set"),
+            ("skip-layers", int, None, "default for this and the next three: what the model suggests, as in generate.py"),
+            ("draft-length", int, None, None), ("exit-threshold", float, None, None), ("opt-interval", int, None, None),
+            ("device", str, None, "cpu, cuda, cuda:N or mps"), ("dtype", ["float32", "bfloat16", "float16"], None, None),
+            ("out", Path, "bench.jsonl", "results, one a line; the table goes beside it as .md and .csv"),
+            ("speed", Path, None, "time the steps instead (plain, verify, draft, DP; transformers), into this Markdown file"),
+            ("figures", Path, None, "draw the figures into this folder instead of the table")):
+        parser.add_argument(f"--{name}", default=default, help=text if default is None else f"{text}; default: {default}",
+                            **{"choices" if isinstance(kind, list) else "type": kind})
     return parser.parse_args(argv)
 
 
+@torch.inference_mode()
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0; 2 for a user's mistake, said in one line; 130 after Ctrl-C."""
     try:
         args = arguments(argv)
         questions, target = read_questions(args), Target(args)
         say(f"{target.name}; {target.where}; {target.settings}")
-        if args.speed:
-            text = speed(target, args, target.encode([questions[-1][2][0]]))
-            args.speed.write_text(text, encoding="utf-8")
-            print(text)
-        elif args.figures:
-            prompts = [target.encode(turns[:1]) for _, _, turns in questions]
-            random.Random(args.seed).shuffle(prompts)
-            for figure in (persistence, markov, breakdown, sweeps, heat_map):
-                figure(target, args, prompts)
-        else:
-            text = table(target, measure(target, args, questions, args.out), args)
-            args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-            print(text)
+        make, path = ((speed, args.speed) if args.speed else (figures, args.figures / "figures.md") if args.figures
+                      else (table, args.out.with_suffix(".md")))
+        text = make(target, args, questions)
+        path.write_text(text, encoding="utf-8")
+        print(text)
         return 0
     except (ModelError, SettingsError, ImportError) as error:
         say("bench.py: " + " ".join(str(error).split()))
