@@ -14,6 +14,8 @@ import csv
 import itertools
 import json
 import random
+import re
+import shlex
 import statistics
 import sys
 import zlib
@@ -34,44 +36,42 @@ from packed import pack
 from speculative import (SettingsError, Stats, autoregressive, candidate_layer, clasp, clock, draft, optimize, pick, prefill,
                          require)
 
-# Written for this project; none is in the bundled model's training text.
-PROMPTS = {
-    "chat": ["Write a short letter to a friend who has just moved to a small town by the sea.",
-             "Explain to a child of seven why ships made of iron float.",
-             "Give me five rules for a good neighbour, with one sentence of reason for each."],
-    "translation": ["Translate German to English: Der alte Fischer flickte sein Netz, waehrend die Kinder Steine sammelten.",
-                    "Translate German to English: Am naechsten Morgen lag der erste Schnee auf den Daechern der Stadt.",
-                    "Translate German to English: Die Bruecke wurde vor zweihundert Jahren gebaut und steht noch heute."],
-    "summarization": [
-        "Summarize: The village mill had stood idle for thirty years when the council decided to repair its wheel. Carpenters "
-        "from three valleys came to help, and the school collected coins for the new axle. In May the wheel turned again.",
-        "Summarize: A storm closed the mountain road on Friday. Forty travellers spent the night in the church hall, where the "
-        "fire brigade brought blankets and the baker brought soup. By noon on Saturday a plough had cleared one lane.",
-        "Summarize: The library will stay open until nine on weekdays from October. Readers had asked for it for years. Two "
-        "new librarians start in September, and the reading room gets forty lamps. The cafe closes at six as before."],
-    "qa": ["Why does the moon show us always the same side?", "What is the difference between a violin and a viola?",
-           "How do bees find their way back to the hive?"],
-    "math": ["A baker sells 48 rolls in the morning and half as many in the afternoon, for 3 coins each. How many coins is that?",
-             "Anna is twice as old as Ben. In six years their ages sum to 48. How old is Anna now? Think step by step.",
-             "Three bags hold 7, 12 and 20 marbles. How many must be moved so that all hold the same? Think step by step."],
-    "rag": ["Text: The lamp of the lighthouse burned whale oil until 1862, then paraffin, and since 1931 it is electric. "
-            "Question: What did the lamp burn in 1900? Answer from the text:",
-            "Text: The river Ome passes the towns of Lind and Moor and meets the sea at Dun. Salmon were brought back in 2004. "
-            "Question: Through which towns does the Ome pass? Answer from the text:",
-            "Text: Mira Tolland painted doors, 212 of them, most for farmers who paid in eggs and wool. Nine are in a museum. "
-            "Question: How was she paid? Answer from the text:"],
-    "tale": ["Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night.",
-             "A poor fisherman pulled his net from the river and found in it a small iron box, which",
-             "\"Three nights you must watch,\" said the dwarf, \"and on the third"],
-    "held out": [                           # for Self-SD's search, which may not see what it is measured on
-        "The giant was so tired that he sat down upon the church, and", "Nobody in the town would speak of the blue house, until",
-        "How is paper made from wood?", "Summarize: The ferry will not run on Monday. A new engine arrived too late."]}
+# Written for this project; none is in the bundled model's training text. Held out: for Self-SD's search, not for measuring.
+PROMPTS = {group: [" ".join(text.split()) for text in texts.split("|")] for group, texts in {
+    "chat": """Write a short letter to a friend who has just moved to a small town by the sea. | Explain to a child of seven
+        why ships made of iron float. | Give me five rules for a good neighbour, with one sentence of reason for each.""",
+    "translation": """Translate German to English: Der alte Fischer flickte sein Netz, waehrend die Kinder Steine sammelten. |
+        Translate German to English: Am naechsten Morgen lag der erste Schnee auf den Daechern der Stadt. | Translate German
+        to English: Die Bruecke wurde vor zweihundert Jahren gebaut und steht noch heute.""",
+    "summarization": """Summarize: The village mill had stood idle for thirty years when the council decided to repair its
+        wheel. Carpenters from three valleys came to help, and the school collected coins for the new axle. In May the wheel
+        turned again. | Summarize: A storm closed the mountain road on Friday. Forty travellers spent the night in the church
+        hall, where the fire brigade brought blankets and the baker brought soup. By noon on Saturday a plough had cleared one
+        lane. | Summarize: The library will stay open until nine on weekdays from October. Readers had asked for it for years.
+        Two new librarians start in September, and the reading room gets forty lamps. The cafe closes at six as before.""",
+    "qa": """Why does the moon show us always the same side? | What is the difference between a violin and a viola? | How do
+        bees find their way back to the hive?""",
+    "math": """A baker sells 48 rolls in the morning and half as many in the afternoon, for 3 coins each. How many coins is
+        that? | Anna is twice as old as Ben. In six years their ages sum to 48. How old is Anna now? Think step by step. |
+        Three bags hold 7, 12 and 20 marbles. How many must be moved so that all hold the same? Think step by step.""",
+    "rag": """Text: The lamp of the lighthouse burned whale oil until 1862, then paraffin, and since 1931 it is electric.
+        Question: What did the lamp burn in 1900? Answer from the text: | Text: The river Ome passes the towns of Lind and
+        Moor and meets the sea at Dun. Salmon were brought back in 2004. Question: Through which towns does the Ome pass?
+        Answer from the text: | Text: Mira Tolland painted doors, 212 of them, most for farmers who paid in eggs and wool.
+        Nine are in a museum. Question: How was she paid? Answer from the text:""",
+    "tale": """Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night. | A
+        poor fisherman pulled his net from the river and found in it a small iron box, which | "Three nights you must watch,"
+        said the dwarf, "and on the third""",
+    "held out": """The giant was so tired that he sat down upon the church, and | Nobody in the town would speak of the blue
+        house, until | How is paper made from wood? | Summarize: The ferry will not run on Monday. A new engine arrived too late.
+        """}.items()}
 HELD_OUT = PROMPTS.pop("held out")
+Prompt = namedtuple("Prompt", "question turn group tokens answer")      # answer: the whole model's greedy one
 GROUP = {"translation": "translation", "summarization": "summarization", "qa": "qa", "math_reasoning": "math", "rag": "rag"}
-SHAPES = {name: Config(128256, hidden, inner, layers, heads, 8, head_dim, 8192, tie_word_embeddings=tied)
-          for name, hidden, inner, layers, heads, head_dim, tied in (
-              ("llama3.2-1b", 2048, 8192, 16, 32, 64, True), ("llama3.2-3b", 3072, 8192, 28, 24, 128, True),
-              ("llama3-8b", 4096, 14336, 32, 32, 128, False), ("llama3-70b", 8192, 28672, 80, 64, 128, False))}
+SHAPES = {"llama3.2-1b": Config(128256, 2048, 8192, 16, 32, 8, 64, 8192, tie_word_embeddings=True),
+          "llama3.2-3b": Config(128256, 3072, 8192, 28, 24, 8, 128, 8192, tie_word_embeddings=True),
+          "llama3-8b": Config(128256, 4096, 14336, 32, 32, 8, 128, 8192),
+          "llama3-70b": Config(128256, 8192, 28672, 80, 64, 8, 128, 8192)}
 
 
 def synthetic(config: Config, residual: float, device, dtype) -> Llama:
@@ -94,22 +94,21 @@ class Target:
 
     def __init__(self, args):
         device, dtype = choose_device(args.device, args.dtype)
+        folder = None if args.synthetic else find_folder(args.model or str(BUNDLED))
         if args.synthetic:
             self.model, self.text, self.stop = synthetic(SHAPES[args.synthetic], args.residual, device, dtype), None, ()
             self.name = f"{args.synthetic} with RANDOM WEIGHTS (residual {args.residual}; the text is noise)"
-            self.settings = suggested_settings(None)
         else:
-            folder = find_folder(args.model or str(BUNDLED))
-            self.text, self.model, self.settings = Text(folder), load_model(folder, device, dtype), suggested_settings(folder)
-            self.name, self.stop = folder.resolve().name, self.text.stop
+            self.model, self.text, self.name = load_model(folder, device, dtype), Text(folder), folder.resolve().name
             self.chat = bool(self.text.config.get("chat_template") or (folder / "chat_template.jinja").exists())
+            self.stop = self.text.stop
         unread = 0 if self.model.head is None else self.model.embed.weight.nbytes
         self.bytes = sum(w.nbytes for w in self.model.parameters()) - unread          # of weights read for one token
-        pack(self.model)
-        self.layers = len(self.model.layers)
-        self.settings |= {name: getattr(args, name) for name in self.settings if getattr(args, name) is not None}
-        if self.settings["skip_layers"] is None:
-            self.settings["skip_layers"] = self.layers // 2
+        self.layers, suggested = len(pack(self.model).layers), suggested_settings(folder)
+        self.settings = {"skip_layers": self.layers // 2} | {
+            name: source[name] for source in (suggested, vars(args)) for name in suggested if source[name] is not None}
+        m = self.settings["skip_layers"]
+        require(0 <= m < self.layers, f"the skipped layers must be fewer than the model's {self.layers}, and at least 0, not {m}")
         self.clasp = partial(clasp, **self.settings)
         cpu = f"{torch.get_num_threads()} threads of a CPU with {torch.backends.cpu.get_cpu_capability()}"
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
@@ -120,24 +119,19 @@ class Target:
             return [zlib.crc32(word.encode()) % self.model.config.vocab_size for word in " ".join(turns).split()]
         return self.text.encode(turns, self.chat)
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.text.tokenizer.decode(tokens) if self.text else " ".join(map(str, tokens))
-
     def run(self, method, prompt: list[int], count: int, **settings) -> tuple[Stats, float]:
         """Decode; returns the statistics and the seconds that passed outside, prefill apart."""
         stats, now = Stats(), clock(self.model)
         start = now()
-        for _ in method(self.model, prompt, count, stats=stats, stop=self.stop, **settings):
-            pass
+        list(method(self.model, prompt, count, stats=stats, stop=self.stop, **settings))
         return stats, now() - start - stats.prefill_seconds
+
+    def fixed(self, skip):
+        """A method with one set of layers for everything."""
+        return partial(self.clasp, optimizer=lambda *_: Selection([frozenset(skip)], []), opt_interval=10**9)
 
 
 # --------------------------- methods, all called as clasp is: method(model, prompt, count, stats=, temperature=, seed=, stop=)
-
-def fixed(target, skip):
-    """One set of layers for everything."""
-    return partial(target.clasp, optimizer=lambda *_: Selection([frozenset(skip)], []), opt_interval=10**9)
-
 
 class Search:
     """Sets of M layers, tried at random first, then by optuna's Bayesian sampler (TPE). ``best`` so far, by ``score``."""
@@ -186,8 +180,8 @@ class Swift(Search):
                 self.step([text], min(32, len(text) - 2))
             return Selection([frozenset(self.best)], [])
 
-        every = 1 if self.left else 10**9
-        return self.target.clasp(model, prompt, count, stats=stats, optimizer=optimizer, opt_interval=every, **common)
+        return self.target.clasp(model, prompt, count, stats=stats, optimizer=optimizer, **common,
+                                 opt_interval=1 if self.left else 10**9)
 
 
 def prompt_lookup(target, model, prompt, count, *, stats, temperature=0.0, **common):
@@ -201,16 +195,16 @@ def prompt_lookup(target, model, prompt, count, *, stats, temperature=0.0, **com
         certain = F.one_hot(torch.tensor(found, dtype=torch.long, device=model.embed.weight.device), model.config.vocab_size)
         return found, list(certain.float()) if temperature else [None] * len(found)
 
-    return fixed(target, ())(model, prompt, count, stats=stats, temperature=temperature, drafter=drafter, **common)
+    return target.fixed(())(model, prompt, count, stats=stats, temperature=temperature, drafter=drafter, **common)
 
 
 def methods_of(target, names: list[str], seed: int) -> dict:
     """The methods of these names, and plain decoding first; what must be searched beforehand is."""
     layers, budget = target.layers, target.settings["skip_layers"]
     make = {"autoregressive": lambda: autoregressive, "clasp": lambda: target.clasp, "swift": lambda: Swift(target, seed, 200),
-            "self-sd": lambda: fixed(target, self_sd(target, seed).best), "prompt-lookup": lambda: partial(prompt_lookup, target),
-            "even": lambda: fixed(target, [int((i + 0.5) * layers / budget) for i in range(budget)]),
-            "random": lambda: fixed(target, random.Random(seed).sample(range(layers), budget))}
+            "self-sd": lambda: target.fixed(self_sd(target, seed).best), "prompt-lookup": lambda: partial(prompt_lookup, target),
+            "even": lambda: target.fixed([int((i + 0.5) * layers / budget) for i in range(budget)]),
+            "random": lambda: target.fixed(random.Random(seed).sample(range(layers), budget))}
     unknown = ", ".join(sorted(set(names) - set(make)))
     require(not unknown, f"unknown methods {unknown}: choose from {', '.join(make)}")
     return {name: make[name]() for name in dict.fromkeys(["autoregressive", *names])}
@@ -227,6 +221,7 @@ def read_questions(args) -> list[tuple[str, str, list[str]]]:
             questions = [(str(q["question_id"]), GROUP.get(q["category"], "chat"), list(q["turns"])) for q in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(f"{args.questions}: not Spec-Bench's question.jsonl ({error!r})") from None
+    require(min(args.limit or 1, args.repeat) >= 1, "--limit and --repeat must be at least 1")
     groups = defaultdict(list)
     for question in questions:
         groups[question[1]].append(question)
@@ -237,19 +232,16 @@ class Results(dict):
     """Lines by key. A new one is appended to a JSONL file at once, from which a stopped run takes what it has done."""
 
     def __init__(self, path: Path, header: dict):
-        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        require(not lines or lines[0] == header, f"{path} holds another run: move it away or use another --out")
-        super().__init__((tuple(line["key"]), line) for line in lines[1:])
-        self.file = open(path, "a", buffering=1)                        # a line goes out when it ends
-        if not lines:
-            print(json.dumps(header), file=self.file)
+        self.file = open(path, "a+", buffering=1)                       # a line goes out when it ends
+        self.file.seek(0)
+        super().__init__((tuple(line["key"]), line) for line in map(json.loads, self.file))
+        if not self:
+            self["header",] = header
+        require(self.get(("header",)) == header, f"{path} holds another run: move it away or use another --out")
 
     def __setitem__(self, key, line):
         super().__setitem__(key, line)
         print(json.dumps(line), file=self.file)
-
-
-Prompt = namedtuple("Prompt", "question turn group tokens answer")      # answer: the whole model's greedy one
 
 
 def ask(target, args, questions, results: dict) -> list[Prompt]:
@@ -265,31 +257,29 @@ def ask(target, args, questions, results: dict) -> list[Prompt]:
             if key not in results:
                 results[key] = {"key": key, "tokens": target.run(whole, tokens, args.max_new_tokens)[0].tokens}
             prompts.append(Prompt(name, turn, group, tokens, results[key]["tokens"]))
-            talk += [text, target.decode(prompts[-1].answer)]
+            talk += [text, target.text.tokenizer.decode(prompts[-1].answer) if target.text else str(prompts[-1].answer)]
     require(prompts, "there is no question that fits the model's context")
     return prompts
 
 
-def interleave(target, args, methods: dict, prompts: list[Prompt], temperatures=(0.0,), results=None) -> list[dict]:
+def interleave(target, args, methods: dict, prompts: list[Prompt], temperatures, results: dict) -> list[dict]:
     """Every prompt by every method, in random order, --repeat times, after a warm-up: a line each, found or made."""
     for method in methods.values():                                     # first passes are slow
         target.run(method, target.encode(HELD_OUT[:1]), 16)
-    results, lines = {} if results is None else results, []
-    jobs = [(*job, name) for job in itertools.product(temperatures, prompts, range(args.repeat))
-            for name in random.Random(str(job)).sample(list(methods), len(methods))]
-    for temperature, prompt, repeat, name in tqdm(jobs, unit="run", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60):
-        key = (prompt.question, prompt.turn, temperature, repeat, name)
+    jobs = {(prompt.question, prompt.turn, temperature, repeat, name): prompt
+            for temperature, prompt, repeat in itertools.product(temperatures, prompts, range(args.repeat))
+            for name in random.Random(f"{prompt.question} {prompt.turn} {repeat}").sample(list(methods), len(methods))}
+    for key, prompt in tqdm(jobs.items(), unit="run", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60):
         if key not in results:
+            temperature, repeat, name = key[2:]
             stats, wall = target.run(methods[name], prompt.tokens, args.max_new_tokens, temperature=temperature,
                                      seed=args.seed + repeat)
-            line = {"key": key, "group": prompt.group, "wall": wall, "new_tokens": stats.new_tokens,
-                    "identical": stats.tokens == prompt.answer}
-            line |= {number: value for number, value in vars(stats).items() if isinstance(value, int | float)}
+            line = {"key": key, "group": prompt.group, "identical": stats.tokens == prompt.answer, "wall": wall,
+                    "new_tokens": stats.new_tokens} | {n: x for n, x in vars(stats).items() if isinstance(x, int | float)}
             if name == "swift":
                 line["search"] = methods[name].best, methods[name].score, methods[name].left
             results[key] = line
-        lines.append(results[key])
-    return lines
+    return [results[key] for key in jobs]
 
 
 def summary(lines: list[dict], method: str, temperature: float = 0.0, group: str | None = None) -> SimpleNamespace:
@@ -322,8 +312,9 @@ def write_csv(path: Path, rows: list[dict]):
 
 def table(target, args, questions) -> str:
     """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; where CLaSp's time goes; and all as CSV."""
-    results = Results(args.out, {"model": target.name, "where": target.where, "settings": target.settings, "seed": args.seed,
-                                 "max_new_tokens": args.max_new_tokens})
+    require(args.out.suffix == ".jsonl", "--out must end in .jsonl: the table goes beside it as .md and .csv")
+    results = Results(args.out, {"key": ["header"], "model": target.name, "where": target.where, "settings": target.settings,
+                                 "seed": args.seed, "max_new_tokens": args.max_new_tokens})
     methods = methods_of(target, args.methods, args.seed)
     searches = [line["search"] for line in results.values() if "search" in line]
     if searches and "swift" in methods:                                 # take its search up where it was
@@ -331,10 +322,10 @@ def table(target, args, questions) -> str:
     prompts = ask(target, args, questions, results)
     lines = interleave(target, args, methods, prompts, args.temperatures, results)
     groups, rows = [*dict.fromkeys(prompt.group for prompt in prompts), None], []
-    out = [f"# {target.name}\n\n{target.where}. {target.layers} layers, CLaSp's settings {target.settings}. {args.max_new_tokens} "
-           f"new tokens at most; {len(prompts)} prompts x {args.repeat}, interleaved. A prompt's speedup is the ratio of medians, "
-           "a group's the median over prompts, with quartiles over all. In a group: tau / speedup. Identical: greedy tokens "
-           "equal to plain decoding's in passes of CLaSp's width."]
+    out = [f"# {target.name}\n\n{target.where}. {target.layers} layers, CLaSp's settings {target.settings}. At most "
+           f"{args.max_new_tokens} new tokens; {len(prompts)} prompts x {args.repeat}, interleaved. A prompt's speedup is the "
+           "ratio of medians, a group's the median over prompts, with quartiles over all. In a group: tau / speedup. Identical: "
+           "greedy tokens equal to plain decoding's in passes of CLaSp's width."]
     for temperature in args.temperatures:
         out.append(f"\n## Temperature {temperature:g}\n\n| method | {' | '.join(groups[:-1])} | tau | accepted | tokens/s "
                    f"| speedup | identical |\n|{'---|' * (len(groups) + 5)}")
@@ -343,19 +334,18 @@ def table(target, args, questions) -> str:
             rows += [{"temperature": temperature, "method": name, "group": group or "overall", **vars(s)}
                      for group, s in zip(groups, cells)]
             s = cells[-1]
+            same = f"{s.identical} of {s.runs}" if temperature == 0 else "-"
             out.append(f"| {name} | {' | '.join(f'{cell.tau:.2f} / {cell.speedup:.2f}' for cell in cells[:-1])} | {s.tau:.2f} "
-                       f"| {100 * s.accepted_share:.0f} % | {s.tokens_per_second:.1f} | **{s.speedup:.2f}x** ({s.lower_quartile:.2f} "
-                       f"to {s.upper_quartile:.2f}) | {f'{s.identical} of {s.runs}' if temperature == 0 else '-'} |")
+                       f"| {s.accepted_share:.0%} | {s.tokens_per_second:.1f} | **{s.speedup:.2f}x** ({s.lower_quartile:.2f} to "
+                       f"{s.upper_quartile:.2f}) | {same} |")
         if "clasp" in found:
             s, step = found["clasp"][-1], found["autoregressive"][-1]
-            out.append(f"\nCLaSp's time: draft {s.draft:.1%}, verify {s.verify:.1%}, optimize {s.optimize:.1%}, rest {s.rest:.1%}. "
-                       f"A verify pass takes {s.pass_seconds / step.pass_seconds:.2f} plain steps; c = {s.c:.3f}, g = {s.g:.2f}: "
-                       f"bound tau / (1 + g c) = {s.bound:.2f}, measured {s.speedup / s.bound:.2f} of it.")
+            out.append(f"\nCLaSp's time: draft {s.draft:.1%}, verify {s.verify:.1%}, optimize {s.optimize:.1%}, rest {s.rest:.1%}"
+                       f". A verify pass takes {s.pass_seconds / step.pass_seconds:.2f} plain steps; c = {s.c:.3f}, g = "
+                       f"{s.g:.2f}: bound tau / (1 + g c) = {s.bound:.2f}, measured {s.speedup / s.bound:.2f} of it.")
     write_csv(args.out.with_suffix(".csv"), rows)
     return "\n".join(out) + "\n"
 
-
-# ---------------------------------------------------------------------------- steps
 
 def timed(model: Llama, work: dict, repeat: int) -> dict[str, list[float]]:
     """Seconds of each piece of work, ``repeat`` times, in turn, after two times for warmth."""
@@ -374,23 +364,20 @@ def steps(target, prompt: list[int], repeat: int) -> dict[str, float]:
     width, greedy = exact_width(model, k + 1), partial(pick, temperature=0, top_p=1, rng=None)
     cache = KVCache(model, len(prompt) + 8, max(width, 8))
     hidden = prefill(model, cache, prompt)
-    state = hidden[None, -1:]
+    state, dp = hidden[None, -1:], partial(optimize, model, cache, hidden)
+    skip = dp(m).skip_sets[m]
 
     def rows(count, width=None):
         full_pass(model, cache, [0] * count, width)[1].argmax(-1).tolist()
         cache.length = len(prompt)
 
-    def dp(budget, select):
-        return optimize(model, cache, hidden, budget, select).skip_sets
-
-    skip = dp(m, select_layers)[m]
     times = timed(model, {
         "plain step": lambda: rows(1), "verify pass": lambda: rows(k + 1, width), "8 rows": lambda: rows(8),
         "head": lambda: model.logits(state).argmax().item(),
         "draft token": lambda: draft(model, cache, 0, skip, 1, bool, greedy, ()),
         "DP": lambda: dp(m, partial(select_layers, smallest=m)),
         f"DP, M = {half}": lambda: dp(half, partial(select_layers, smallest=half)),
-        "DP, every M": lambda: dp(m, select_layers), "DP, cell by cell": lambda: dp(m, select_layers_plain)}, repeat)
+        "DP, every M": lambda: dp(m), "DP, cell by cell": lambda: dp(m, select_layers_plain)}, repeat)
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
@@ -402,8 +389,9 @@ def speed(target, args, questions) -> str:
     if target.text:
         from transformers import AutoModelForCausalLM
         other, start = AutoModelForCausalLM.from_pretrained(target.text.folder, dtype=weight.dtype).to(weight.device), prompt[:4]
-        row, options = torch.tensor([start], device=weight.device), dict(max_new_tokens=count, min_new_tokens=count, do_sample=False)
-        work |= {"ours": lambda: list(autoregressive(model, start, count)), "theirs": lambda: other.generate(row, **options)}
+        ids = torch.tensor([start], device=weight.device)
+        work |= {"ours": lambda: list(autoregressive(model, start, count)),
+                 "theirs": lambda: other.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)}
     pairs = timed(model, work, max(args.repeat, 5))
     step, best = t["plain step"], big.nbytes / min(pairs["read"])
     share = (step - t["head"]) * (1 - target.settings["skip_layers"] / target.layers) + t["head"]
@@ -411,8 +399,8 @@ def speed(target, args, questions) -> str:
            "interleaved runs.\n\n| | time | plain steps | verify passes |\n|---|---|---|---|",
            *(f"| {name} | {1e3 * s:.2f} ms | {s / step:.2f} | {s / t['verify pass']:.2f} |" for name, s in t.items()),
            f"\nA plain step reads {target.bytes / 1e6:.0f} MB at {target.bytes / step / 1e9:.1f} GB/s; the best of "
-           f"{len(pairs['read'])} sums over 268 MB read {best / 1e9:.1f} GB/s: {target.bytes / step / best:.2f} of it. A draft token "
-           f"costs {t['draft token'] / share:.2f} of its share of the layers and the head."]
+           f"{len(pairs['read'])} sums over 268 MB read {best / 1e9:.1f} GB/s: {target.bytes / step / best:.2f} of it. A draft "
+           f"token costs {t['draft token'] / share:.2f} of its share of the layers and the head."]
     if target.text:
         ratio = statistics.median(theirs / ours for theirs, ours in zip(pairs["theirs"], pairs["ours"]))
         out.append(f"\nPlain decoding is {ratio:.2f}x as fast as transformers' generate ({count} tokens after 4, "
@@ -433,19 +421,27 @@ def curves(rows: list[dict], x: str, styles: dict[str, str], **labels):
 
 
 def persistence(target, args, prompts):
-    """Fig. 3a: how alike the sets chosen at two tokens are, against the tokens between them (Jaccard similarity)."""
+    """Fig. 3a: how alike the sets chosen at two tokens are, against the tokens between them (Jaccard similarity), with the
+    paper's share of layers skipped; and which these are as one text unfolds."""
     def alike(sets, distance):
-        return [len(a & b) / len(a | b) for a, b in zip(sets, sets[distance:])]
+        return [len(a & b) / len(a | b) for (_, a), (_, b) in zip(sets, sets[distance:])]
 
-    budget, draws, x = target.layers * 44 // 80, random.Random(0), "distance (tokens)"               # the paper's M
-    at_every_token = dict(drafter=lambda *_: ([], []), opt_interval=1, skip_layers=budget)
-    texts = [[skip for _, skip in target.run(target.clasp, prompt.tokens, 96, **at_every_token)[0].skip_sets] for prompt in prompts[:4]]
-    chance = alike([frozenset(draws.sample(range(target.layers), budget)) for _ in range(2000)], 1)
-    rows = [{x: d, "dynamic programme": statistics.mean(itertools.chain.from_iterable(alike(sets, d) for sets in texts)),
-             "random sets": statistics.mean(chance)} for d in range(1, 65)]
+    budget, draws, x = target.layers * 44 // 80, random.Random(0), "distance (tokens)"
+    every = dict(drafter=lambda *_: ([], []), opt_interval=1, skip_layers=budget)             # nothing drafted: a set a token
+    runs = [target.run(target.clasp, prompt.tokens, 128, **every)[0].skip_sets for prompt in prompts[:4]]
+    chance = alike([(0, frozenset(draws.sample(range(target.layers), budget))) for _ in range(2000)], 1)
+    rows = [{x: d, "dynamic programme": statistics.mean(itertools.chain.from_iterable(alike(sets, d) for sets in runs)),
+             "random sets": statistics.mean(chance)} for d in range(1, min(65, max(map(len, runs))))]
     yield "3a_sparse_persistence", rows, curves(
         rows, x, {"dynamic programme": "C0", "random sets": "k--"}, ylabel="Jaccard similarity", ylim=(0, 1.02),
         title=f"Sets chosen at two tokens ({budget} of {target.layers} layers skipped)")
+    names = [f"layer {i}" for i in range(target.layers)]
+    skipped = [{"new tokens": at} | {name: int(i in skip) for i, name in enumerate(names)} for at, skip in runs[0]]
+
+    def draw(axes):
+        axes.imshow([[row[name] for row in skipped] for name in names], cmap="Greys", vmax=1.6, aspect="auto", origin="lower")
+        axes.set(xlabel="new tokens", ylabel="layer", title=f"The {budget} layers skipped (grey) as a text unfolds")
+    yield "skipped_layers", skipped, draw
 
 
 def markov(target, args, prompts, size: int = 10):
@@ -471,19 +467,15 @@ def markov(target, args, prompts, size: int = 10):
 
 def breakdown(target, args, prompts):
     """Fig. 3c: shares of the time, and one run of the programme, packed and cell by cell, in verify passes."""
-    s = summary(interleave(target, args, {"autoregressive": autoregressive, "clasp": target.clasp}, prompts), "clasp")
+    s = summary(interleave(target, args, {"autoregressive": autoregressive, "clasp": target.clasp}, prompts, [0.0], {}), "clasp")
     times = steps(target, prompts[0].tokens, 9)
-    rows = [{"what": part, "value": getattr(s, part), "unit": "share of decoding"} for part in ("draft", "verify", "optimize", "rest")]
-    rows += [{"what": name, "value": times[key] / times["verify pass"], "unit": "verify passes"} for name, key in (
-        ("verify pass", "verify pass"), ("programme, packed rows", "DP"), ("programme, cell by cell", "DP, cell by cell"))]
+    values = [(vars(s)[part], f"{part}\n(share of decoding)") for part in ("rest", "optimize", "verify", "draft")]
+    values += [(times[name] / times["verify pass"], f"{name}\n(passes)") for name in ("DP, cell by cell", "DP", "verify pass")]
+    rows = [{"what": what.replace("\n", " "), "value": value} for value, what in values]
 
     def draw(axes):
-        bars = axes.barh([f"{row['what']}\n({row['unit']})" for row in rows], [row["value"] for row in rows],
-                         color=["C0"] * 4 + ["C4"] * 3)
-        axes.bar_label(bars, fmt="%.2f", padding=3)
-        axes.set(xlabel="share of decoding (blue); verify passes (purple)", title="Where the time goes", xscale="symlog")
-        axes.tick_params(axis="y", labelsize=9)
-        axes.invert_yaxis()
+        axes.bar_label(axes.barh([what for _, what in values], [value for value, _ in values]), fmt="%.2f", padding=3)
+        axes.set(xlabel="share of decoding; verify passes", title="Where the time goes", xscale="symlog")
     yield "3c_time", rows, draw
 
 
@@ -497,7 +489,7 @@ def sweeps(target, args, prompts):
             ("4b_interval", "opt_interval", "optimisation interval (cycles)", [2 ** i for i in range(8)], "log"),
             ("4c_exit_threshold", "exit_threshold", "draft-exit threshold", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9], "linear")):
         methods = {"autoregressive": autoregressive} | {value: partial(target.clasp, **{setting: value}) for value in values}
-        lines = interleave(target, args, methods, prompts[:4])
+        lines = interleave(target, args, methods, prompts[:4], [0.0], {})
         rows = [{setting: value, **vars(summary(lines, value))} for value in values]
         yield name, rows, curves(rows, setting, styles, xlabel=label, xscale=scale, title=f"Speedup and tau against the {label}",
                                  ylabel="speedup over plain decoding;\ntau (tokens per verify pass)")
@@ -508,19 +500,6 @@ def sweeps(target, args, prompts):
                                           title="Measured speedup and the cost model's bound, for each M")
 
 
-def heat_map(target, args, prompts):
-    """Which layers are skipped as one text unfolds."""
-    budget, names = target.layers * 44 // 80, [f"layer {i}" for i in range(target.layers)]
-    stats, _ = target.run(target.clasp, prompts[0].tokens, max(args.max_new_tokens, 200), opt_interval=4, skip_layers=budget)
-    rows = [{"new tokens": at} | {name: int(i in skip) for i, name in enumerate(names)} for at, skip in stats.skip_sets]
-
-    def draw(axes):
-        edges = [*(row["new tokens"] for row in rows), stats.new_tokens], range(target.layers + 1)
-        axes.pcolormesh(*edges, [[row[name] for row in rows] for name in names], cmap="Greys", vmax=1.6)
-        axes.set(xlabel="new tokens", ylabel="layer", title=f"The {budget} layers skipped (grey) as a text unfolds")
-    yield "skipped_layers", rows, draw
-
-
 def figures(target, args, questions) -> str:
     """Every figure as NAME.png, with its rows as NAME.csv, in --figures; returns a page that shows them."""
     from matplotlib import pyplot
@@ -529,7 +508,7 @@ def figures(target, args, questions) -> str:
     args.figures.mkdir(parents=True, exist_ok=True)
     some = [(name, group, turns[:1]) for name, group, turns in random.Random(args.seed).sample(questions, len(questions))]
     prompts, out = ask(target, args, some[:6], {}), [f"# Figures: {target.name}\n\n{target.where}; settings {target.settings}.\n"]
-    for make in (persistence, markov, breakdown, sweeps, heat_map):
+    for make in (persistence, markov, breakdown, sweeps):
         for name, rows, draw in make(target, args, prompts):
             figure, axes = pyplot.subplots()
             draw(axes)
@@ -557,19 +536,27 @@ def arguments(argv: list[str] | None):
             ("synthetic", list(SHAPES), None, "random weights of this shape instead of a model"),
             ("residual", float, 0.1, "synthetic: scale of what the middle layers add; less: more is accepted"),
             ("questions", Path, None, "Spec-Bench's question.jsonl; default: our own prompts"),
-            ("limit", int, None, "questions of each group; default: all"),
+            ("limit", int, None, "questions of each group; default: all"), ("repeat", int, 3, "runs of everything timed"),
             ("methods", lambda text: text.split(","), "clasp,self-sd,swift,even,random,prompt-lookup", "rows of the table"),
             ("temperatures", numbers, "0,1", "0 is greedy"), ("max-new-tokens", int, 128, "for each question"),
-            ("repeat", int, 3, "runs of everything that is timed"), ("seed", int, 0, "of samples, searches and the random set"),
+            ("seed", int, 0, "of samples, searches and the random set"), ("device", str, None, "cpu, cuda, cuda:N or mps"),
+            ("dtype", ["float32", "bfloat16", "float16"], None, "default: float32 on the CPU, bfloat16 elsewhere"),
             ("skip-layers", int, None, "default for this and the next three: what the model suggests, as in generate.py"),
             ("draft-length", int, None, None), ("exit-threshold", float, None, None), ("opt-interval", int, None, None),
-            ("device", str, None, "cpu, cuda, cuda:N or mps"), ("dtype", ["float32", "bfloat16", "float16"], None, None),
             ("out", Path, "bench.jsonl", "results, one a line; the table goes beside it as .md and .csv"),
             ("speed", Path, None, "time the steps instead (plain, verify, draft, DP; transformers), into this Markdown file"),
             ("figures", Path, None, "draw the figures into this folder instead of the table")):
         parser.add_argument(f"--{name}", default=default, help=text if default is None else f"{text}; default: {default}",
                             **{"choices" if isinstance(kind, list) else "type": kind})
     return parser.parse_args(argv)
+
+
+def command(argv: list[str], model: str | None) -> str:
+    """The command line that made a file, with the model's folder, and paths from elsewhere, by name only."""
+    words = [re.fullmatch(r"(--[a-z-]+=)?(.*)", word, re.DOTALL).groups("") for word in argv]
+    short = [Path(value).resolve().name if value.startswith(("/", "~", ".")) or value == model and Path(value).is_dir() else value
+             for _, value in words]
+    return shlex.join(["python", "bench.py", *(option + value for (option, _), value in zip(words, short))])
 
 
 @torch.inference_mode()
@@ -581,11 +568,11 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{target.name}; {target.where}; {target.settings}")
         make, path = ((speed, args.speed) if args.speed else (figures, args.figures / "figures.md") if args.figures
                       else (table, args.out.with_suffix(".md")))
-        text = make(target, args, questions)
+        text = make(target, args, questions) + f"\nMade by `{command(sys.argv[1:] if argv is None else argv, args.model)}`.\n"
         path.write_text(text, encoding="utf-8")
         print(text)
         return 0
-    except (ModelError, SettingsError, ImportError) as error:
+    except (ModelError, SettingsError, ImportError, OSError) as error:
         say("bench.py: " + " ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:

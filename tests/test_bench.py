@@ -60,9 +60,8 @@ def test_swift_search_improves_on_its_random_start_and_stops(target):
 
 @pytest.mark.parametrize("layers, budget", [(20, 17), (30, 15), (8, 1), (5, 4)])
 def test_fixed_sets_have_their_size(layers, budget):
-    shape = SimpleNamespace(layers=layers, settings={"skip_layers": budget}, clasp=bench.clasp)
-    for method in list(bench.methods_of(shape, ["even", "random"], seed=0).values())[1:]:
-        skip, = method.keywords["optimizer"]().skip_sets
+    shape = SimpleNamespace(layers=layers, settings={"skip_layers": budget}, fixed=lambda skip: frozenset(skip))
+    for skip in list(bench.methods_of(shape, ["even", "random"], seed=0).values())[1:]:
         assert len(skip) == budget and skip <= set(range(layers))
 
 
@@ -71,7 +70,8 @@ def test_a_stopped_run_goes_on_and_gives_the_table(tmp_path, capsys):
     argv = [*TINY, "--methods", "clasp,even", "--temperatures", "0", "--out", str(out)]
     assert bench.main(argv) == 0
     table, lines = capsys.readouterr().out, out.read_text().splitlines()
-    assert "| clasp |" in table and (tmp_path / "run.md").read_text() + "\n" == table
+    assert "| clasp |" in table and "Made by `python bench.py --device" in table and "--out run.jsonl`" in table
+    assert (tmp_path / "run.md").read_text() + "\n" == table
     assert len(lines) == 1 + 7 * (1 + 2 * 3)                      # a header; for 7 prompts a reference and 2 x 3 runs
     assert bench.main(argv) == 0 and capsys.readouterr().out == table          # all there: nothing is run again
     out.write_text("\n".join(lines[:20]) + "\n")
@@ -114,10 +114,22 @@ def test_all_figures_are_drawn_with_their_numbers(tmp_path):
 
 @pytest.mark.parametrize("argv, word", [
     (["--methods", "magic"], "unknown methods magic"), (["--temperatures", "hot"], "numbers"), (["--questions", "/no"], "question.jsonl"),
-    (["--model", "/no"], "no folder"), (["--synthetic", "gpt"], "invalid choice"), (["--skip-layers", "20"], "fewer than")])
+    (["--model", "/no"], "no folder"), (["--synthetic", "gpt"], "invalid choice"), (["--skip-layers", "20"], "fewer than"),
+    (["--skip-layers", "25"], "fewer than"), (["--repeat", "0"], "at least 1"), (["--out", "x.md"], ".jsonl"),
+    (["--out", "/no/x.jsonl"], "No such file")])
 def test_mistakes_are_one_line(tmp_path, capsys, argv, word):
     assert bench.main([*TINY, "--out", str(tmp_path / "x.jsonl"), *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and word in err.splitlines()[-1] and "Traceback" not in err
 
 
+@pytest.mark.parametrize("word, shown", [("/a/b c", "'b c'"), ("--model=/a/b", "--model=b"), ("owner/name", "owner/name"), ("~/b", "b"),
+                                         ("results/x.jsonl", "results/x.jsonl"), ("../a/b/", "b"), ("0.5", "0.5")])
+def test_the_command_that_made_a_file_shows_no_path_of_the_machine(word, shown):
+    assert bench.command(["--seed", "1", word], None) == f"python bench.py --seed 1 {shown}"
+
+
+def test_the_models_folder_is_shown_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "one").mkdir(parents=True)
+    assert bench.command(["--model", "models/one"], "models/one") == "python bench.py --model one"
