@@ -158,9 +158,8 @@ class Search:
 
 
 def self_sd(target, seed: int, trials: int = 240) -> Search:
-    """Self-SD (Zhang et al. 2024): one set for all, found beforehand on held-out text, here the model's own. There
-    attention and MLP blocks are searched for the time they save; here, to compare at the same M, whole layers for the
-    greedy tokens they get right."""
+    """Self-SD (Zhang et al. 2024): one set for all, found beforehand on held-out text, here the model's own. There attention and
+    MLP blocks are searched for the time saved; here, to compare at the same M, whole layers for the greedy tokens got right."""
     prompts, search = [target.encode([text]) for text in HELD_OUT], Search(target, seed, trials)
     length = max(map(len, prompts)) + 64
     texts = [[*p, *autoregressive(target.model, p, length - len(p))] for p in prompts]
@@ -222,9 +221,7 @@ def read_questions(args) -> list[tuple[str, str, list[str]]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(f"{args.questions}: not Spec-Bench's question.jsonl ({error!r})") from None
     require(min(args.limit or 1, args.repeat) >= 1, "--limit and --repeat must be at least 1")
-    groups = defaultdict(list)
-    for question in questions:
-        groups[question[1]].append(question)
+    groups = {group: [question for question in questions if question[1] == group] for _, group, _ in questions}
     return [q for all in groups.values() for q in (all[::max(1, len(all) // args.limit)][:args.limit] if args.limit else all)]
 
 
@@ -313,9 +310,9 @@ def write_csv(path: Path, rows: list[dict]):
 def table(target, args, questions) -> str:
     """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; where CLaSp's time goes; and all as CSV."""
     require(args.out.suffix == ".jsonl", "--out must end in .jsonl: the table goes beside it as .md and .csv")
+    methods = methods_of(target, args.methods, args.seed)
     results = Results(args.out, {"key": ["header"], "model": target.name, "where": target.where, "settings": target.settings,
                                  "seed": args.seed, "max_new_tokens": args.max_new_tokens})
-    methods = methods_of(target, args.methods, args.seed)
     searches = [line["search"] for line in results.values() if "search" in line]
     if searches and "swift" in methods:                                 # take its search up where it was
         methods["swift"].best, methods["swift"].score, methods["swift"].left = searches[-1]
