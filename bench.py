@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm          # comes with huggingface-hub
 
+from auto import Auto
 from dp_skip import Selection, select_layers, select_layers_plain
 from exact import exact_width, full_pass
 from generate import BUNDLED, Parser, Text, choose_device, say, suggested_settings
@@ -130,6 +131,10 @@ class Target:
         """A method with one set of layers for everything."""
         return partial(self.clasp, optimizer=lambda *_: Selection([frozenset(skip)], []), opt_interval=10**9)
 
+    def auto(self):
+        """CLaSp that decides itself how much to skip; what it learns, it keeps from text to text."""
+        return partial(clasp, draft_length=self.settings["draft_length"], exact=False, auto=Auto(self.model))
+
 
 # --------------------------- methods, all called as clasp is: method(model, prompt, count, stats=, temperature=, seed=, stop=)
 
@@ -200,7 +205,8 @@ def prompt_lookup(target, model, prompt, count, *, stats, temperature=0.0, **com
 def methods_of(target, names: list[str], seed: int) -> dict:
     """The methods of these names, and plain decoding first; what must be searched beforehand is."""
     layers, budget = target.layers, target.settings["skip_layers"]
-    make = {"autoregressive": lambda: autoregressive, "clasp": lambda: target.clasp, "swift": lambda: Swift(target, seed, 200),
+    make = {"autoregressive": lambda: autoregressive, "clasp": lambda: target.clasp, "auto": target.auto,
+            "swift": lambda: Swift(target, seed, 200),
             "self-sd": lambda: target.fixed(self_sd(target, seed).best), "prompt-lookup": lambda: partial(prompt_lookup, target),
             "even": lambda: target.fixed([int((i + 0.5) * layers / budget) for i in range(budget)]),
             "random": lambda: target.fixed(random.Random(seed).sample(range(layers), budget))}
@@ -479,15 +485,16 @@ def breakdown(target, args, prompts):
 def sweeps(target, args, prompts):
     """Figs. 4a to 4c: speedup and tau for each value of one setting, all interleaved; for 4a beside the cost model's bound."""
     shares, x = (2, 4, 6, 8, 10, 12, 14, 16, 18, 19), "bound, tau / (1 + g c)"
-    styles = {"tau": "C1s--", "speedup": "C0o-", "upper_quartile": "C0:", "lower_quartile": "C0:"}
+    styles = {"tau": "C1s--", "speedup of auto": "C2", "speedup": "C0o-", "upper_quartile": "C0:", "lower_quartile": "C0:"}
     for name, setting, label, values, scale in (
             ("4a_skipped_layers", "skip_layers", "number of skipped layers M",
              sorted({target.layers * share // 20 for share in shares} | {target.settings["skip_layers"]}), "linear"),
             ("4b_interval", "opt_interval", "optimisation interval (cycles)", [2 ** i for i in range(8)], "log"),
             ("4c_exit_threshold", "exit_threshold", "draft-exit threshold", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9], "linear")):
-        methods = {"autoregressive": autoregressive} | {value: partial(target.clasp, **{setting: value}) for value in values}
+        methods = {"autoregressive": autoregressive, "auto": target.auto()} | {value: partial(target.clasp, **{setting: value}) for value in values}
         lines = interleave(target, args, methods, prompts[:4], [0.0], {})
-        rows = [{setting: value, **vars(summary(lines, value))} for value in values]
+        auto = summary(lines, "auto").speedup
+        rows = [{setting: value, "speedup of auto": auto, **vars(summary(lines, value))} for value in values]
         yield name, rows, curves(rows, setting, styles, xlabel=label, xscale=scale, title=f"Speedup and tau against the {label}",
                                  ylabel="speedup over plain decoding;\ntau (tokens per verify pass)")
         if setting == "skip_layers":
@@ -534,7 +541,7 @@ def arguments(argv: list[str] | None):
             ("residual", float, 0.1, "synthetic: scale of what the middle layers add; less: more is accepted"),
             ("questions", Path, None, "Spec-Bench's question.jsonl; default: our own prompts"),
             ("limit", int, None, "questions of each group; default: all"), ("repeat", int, 3, "runs of everything timed"),
-            ("methods", lambda text: text.split(","), "clasp,self-sd,swift,even,random,prompt-lookup", "rows of the table"),
+            ("methods", lambda text: text.split(","), "clasp,auto,self-sd,swift,even,random,prompt-lookup", "rows of the table"),
             ("temperatures", numbers, "0,1", "0 is greedy"), ("max-new-tokens", int, 128, "for each question"),
             ("seed", int, 0, "of samples, searches and the random set"), ("device", str, None, "cpu, cuda, cuda:N or mps"),
             ("dtype", ["float32", "bfloat16", "float16"], None, "default: float32 on the CPU, bfloat16 elsewhere"),
