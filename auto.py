@@ -68,16 +68,16 @@ class Costs:
             self.pace *= min(2.0, max(0.5, seconds / share / (self.pace * median_low(self.last[kind])))) ** 0.2
         self.last[kind].append(seconds / share / self.pace)
 
-    def __getitem__(self, kind: str) -> float:
+    def now(self) -> dict[str, float]:
         if self.fixed:
-            return self.fixed[kind]
+            return self.fixed
         measured = {k: median_low(times) for k, times in self.last.items() if times}
         guess = {"draft": 1, "plain": 1, "verify": 1.1, "optimize": 1.5}        # in plain steps
         scale = next((measured[k] / guess[k] for k in ("draft", "plain", "verify") if k in measured), 1.0)
         times = {k: measured.get(k, guess[k] * scale) for k in KINDS}
-        if kind == "plain":                                    # rarely measured while drafts pay, but bounded by what is
-            return times["verify"] if self.one_shape else min(times["plain"], times["draft"], times["verify"])
-        return times[kind]
+        # a plain step is rarely measured while drafts pay, but bounded by what is
+        times["plain"] = times["verify"] if self.one_shape else min(times[k] for k in ("plain", "draft", "verify"))
+        return times
 
 
 class Ratio:
@@ -106,6 +106,7 @@ class Auto:
         self.total = sum(self.unit_costs)                      # budgets count what is saved: of all layers, this
         self.unit = self.total // self.layers
         self.costs = Costs(model, costs)
+        self.times = self.costs.now()
         self.by_budget, self.by_confidence, self.overall = defaultdict(Ratio), defaultdict(Ratio), Ratio()
         self.sets: dict[int, frozenset[int]] = {}              # by budget, from the last run of the programme
         self.distance: dict[int, float] = {}
@@ -123,35 +124,34 @@ class Auto:
         return min(1.0, slope * distance)
 
     def draft_time(self, budget: int) -> float:
-        return self.costs["draft"] * self.costs.share(budget / self.total)
+        return self.times["draft"] * self.costs.share(budget / self.total)
 
     def choose(self):
         """The budget and draft length of the highest expected rate."""
-        self.rate, verify = 0.0, self.costs["verify"]
+        self.times, self.rate = self.costs.now(), 0.0
         for budget in self.sets:
-            accepted, time, tokens = 1 - self.rejection(budget), self.draft_time(budget), 1.0
+            accepted, draft, time, tokens = 1 - self.rejection(budget), self.draft_time(budget), self.times["verify"], 1.0
             for length in range(1, self.longest + 1):
-                tokens += accepted ** length
-                if tokens / (length * time + verify) > self.rate:
-                    self.budget, self.length, self.rate = budget, length, tokens / (length * time + verify)
-        self.cycle_time = self.length * self.draft_time(self.budget) + verify
-        self.pays = self.rate >= 1 / self.costs["plain"]
+                tokens, time = tokens + accepted ** length, time + draft
+                if tokens / time > self.rate:
+                    self.budget, self.length, self.rate, self.cycle_time = budget, length, tokens / time, time
+        self.pays = self.rate * self.times["plain"] >= 1
 
     # -------------------------------------------------------------------- what clasp asks, in this order in each cycle
 
     def begin(self, longest: int, exact: bool) -> bool:
         """A new text, with drafts of at most ``longest`` tokens; see ``due``."""
         self.longest, self.costs.one_shape = longest, exact
+        self.choose()
         return self.due()
 
     def due(self) -> bool:
         """Should the programme run before the next cycle?"""
         if not self.sets:
             return True
-        self.choose()
         if self.pays:
-            return self.since >= max(self.interval, self.costs["optimize"] / (SHARE * self.cycle_time))
-        self.loss = self.costs["optimize"] + self.cycle_time * (1 - self.rate * self.costs["plain"])
+            return self.since >= max(self.interval, self.times["optimize"] / (SHARE * self.cycle_time))
+        self.loss = self.times["optimize"] + self.cycle_time * (1 - self.rate * self.times["plain"])
         self.trying = self.saved >= self.loss
         return self.trying
 
@@ -184,15 +184,17 @@ class Auto:
         self.alive *= 1 - min(1.0, slope * distance)
         return self.alive * (1 - rejection) >= self.draft_time(self.budget) * self.rate
 
-    def learn(self, accepted: int, optimize_seconds: float, draft_seconds: float, verify_seconds: float):
-        """What came of it. The tokens behind the first rejected one say nothing."""
+    def learn(self, accepted: int, optimize_seconds: float, draft_seconds: float, verify_seconds: float) -> bool:
+        """What came of the cycle; see ``due`` for the next. Tokens behind the first rejected one say nothing."""
         self.since += 1
         if optimize_seconds and self.since == 1:
             self.costs.note("optimize", optimize_seconds)
         if not self.confidences:
             self.costs.note("plain", verify_seconds)
-            self.saved += TRIAL * self.costs["plain"]
-            return
+            self.times = self.costs.now()
+            self.saved += TRIAL * self.times["plain"]
+            self.pays = self.rate * self.times["plain"] >= 1
+            return self.due()
         self.costs.note("draft", draft_seconds / len(self.confidences), self.costs.share(self.budget / self.total))
         self.costs.note("verify", verify_seconds)
         for i, confidence in enumerate(self.confidences[:accepted + 1]):
@@ -200,6 +202,8 @@ class Auto:
                 ratio.note(int(i == accepted), self.distance[self.budget])
         if self.trying:
             self.saved, self.trying = self.saved - self.loss, False
+        self.choose()
+        return self.due()
 
 
 def block_costs(model: Llama, measured: bool = True) -> tuple[int, int]:

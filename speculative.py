@@ -93,14 +93,14 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens
     do not fit the context or the cache; ModelError if the model computes something that is no number.
     """
-    layers, unit = len(model.layers), sum(model.block_costs or (1,))
-    skip_layers = layers // 2 if skip_layers is None else skip_layers
-    budget = unit * (layers - 1 if auto else skip_layers)
+    layers = len(model.layers)
+    skip_layers = layers - 1 if auto else layers // 2 if skip_layers is None else skip_layers
+    budget = skip_layers * sum(model.block_costs or (1,))
     require(0 <= skip_layers < layers, f"the skipped layers must be fewer than the model's {layers}, and at least 0")
     require(1 <= draft_length < BLOCK, f"the draft length must lie between 1 and {BLOCK - 1}")
     require(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
     require(opt_interval >= 1, "the optimisation interval must be at least 1")
-    stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
+    stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed)
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
     one_set = partial(select_layers, smallest=budget, costs=model.block_costs and model.block_costs * layers)
     optimizer = optimizer or (auto.optimize if auto else partial(optimize, select=one_set))
@@ -139,11 +139,11 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         else:
             accepted, own = accept_sampled(drafted, q, distribution(logits, temperature, top_p), rng)
         stats.cycles += 1
-        end = now()
+        due = skip is None or stats.cycles % opt_interval == 0
         if auto:
-            auto.learn(accepted, optimized - start, was_drafted - optimized, end - was_drafted)
-        due = auto.due() if auto else skip is None or stats.cycles % opt_interval == 0
+            due = auto.learn(accepted, optimized - start, was_drafted - optimized, now() - was_drafted)
         hidden = torch.stack([state[0, accepted] for state in states]) if due else None    # (L+1, dim)
+        end = now()
         stats.optimize_seconds += optimized - start
         stats.draft_seconds += was_drafted - optimized
         stats.verify_seconds += end - was_drafted
@@ -168,7 +168,7 @@ def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, widt
 
     width: None, one row a pass, is fastest; K + 1 computes as clasp's verify passes do, the other rows being padding.
     """
-    stats, now, rng = stats or Stats(), clock(model), generator(model, seed)
+    stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed)
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
     start = now()
     width = width and exact_width(model, width)
@@ -312,10 +312,6 @@ def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
         p = torch.zeros_like(p).scatter(-1, token, ordered)
         p /= p.sum(-1, keepdim=True)
     return p
-
-
-def generator(model: Llama, seed: int) -> torch.Generator:
-    return torch.Generator(model.embed.weight.device).manual_seed(seed)
 
 
 def clock(model: Llama) -> Callable[[], float]:
