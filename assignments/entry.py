@@ -2,7 +2,6 @@
 
     python grade.py --leaderboard
 """
-from model import KVCache, Llama
 
 SETTINGS = {"skip_layers": 10, "draft_length": 4, "exit_threshold": 0.0, "opt_interval": 16}
 

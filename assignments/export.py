@@ -22,7 +22,6 @@ ROOT = HERE.parent
 
 # Problem 4 solved would give problem 3 away, being the same programme (not the reverse: it is meant to be derived from it).
 # So while 3 is to be written and 4 is not assigned, the plain form stands in, and a test that wants the fast one goes.
-STAND_IN = ("dp_skip", "select_layers", "return Selection(*(all_budgets[smallest:] for all_budgets in select_layers_plain(layer, states, budget)))")
 NOT_FOR_STAND_IN = ("test_dp_skip.py", "test_fast_calls_each_layer_once_on_at_most_budget_rows")
 
 # A file that gives problem 1 away by a faster way of writing it; decoding is right without it, and generate.py wants its name.
@@ -83,7 +82,7 @@ def imports(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.split(".")[0])
     return names
 
@@ -126,9 +125,15 @@ def bodies(problems: list[int]) -> dict[str, dict[str, str]]:
             module, function = name.split(".", 1)
             out.setdefault(module, {})[function] = f'raise NotImplementedError("{name}, problem {problem}")'
     if needs_stand_in(problems):
-        module, function, statement = STAND_IN
-        out[module][function] = statement
+        out["dp_skip"]["select_layers"] = stand_in((ROOT / "dp_skip.py").read_text())
     return out
+
+
+def stand_in(source: str) -> str:
+    """A body for select_layers: the plain form's result, given the arguments that both forms have."""
+    fast, plain = ([argument.arg for argument in find(ast.parse(source), name).args.args] for name in ("select_layers", "select_layers_plain"))
+    handed_on = ", ".join(f"{name}={name}" for name in fast if name in plain)
+    return f"return Selection(*(every_budget[smallest:] for every_budget in select_layers_plain({handed_on})))"
 
 
 def needs_stand_in(problems: list[int]) -> bool:
@@ -144,7 +149,7 @@ def export(out: Path, problems: list[int]):
             raise Missing(f"{module}.py is not among the exported files")
         sources[module] = replace_bodies(sources[module], functions)
     if 1 in problems:
-        find(ast.parse(sources["packed"]), "pack")
+        find(ast.parse(sources.get("packed", "")), "pack")
         sources["packed"] = SLOW_PACKED
     text = handout(problems)
 

@@ -127,12 +127,17 @@ def test_what_a_solution_prints_or_writes_counts_for_nothing(solved):
     assert scores(graded(solved, "--problems", "1")) == {1: 0}
 
 
-def test_a_syntax_error_loses_the_checks_that_need_that_file(solved):
+def test_code_that_fails_is_shown_by_its_own_line_or_by_what_it_returned(solved):
+    misbehave(solved, "dp_skip.select_layers_plain", "return [][0]")
+    misbehave(solved, "dp_skip.select_layers", "return Selection([0] * (budget + 1), [1.] * (budget + 1))")
     path = solved / "speculative.py"
     path.write_text(path.read_text() + "\nif True print(1)\n")
-    results = graded(solved, "--problems", "3,4,5")
-    assert scores(results) == {3: FULL[3], 4: FULL[4] - 9, 5: 0}
-    assert "speculative.py does not load, SyntaxError in line" in results["tests"][-1]["output"]
+    said = {test["number"]: test["output"] for test in graded(solved, "--problems", "3,4")["tests"]}
+    line = (solved / "dp_skip.py").read_text().splitlines().index("    return [][0]") + 1
+    assert said["3.5"] == ("Your code raised IndexError: list index out of range, "
+                           f"at dp_skip.py, line {line}, in select_layers_plain(states = [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], budget = 1)")
+    assert re.match(r"The check could not use what your code returned \(TypeError: 'int' .*\), at checks/problem3.py, line \d+: ", said["4.1"])
+    assert "speculative.py does not load, SyntaxError in line" in said["4.6"]
 
 
 # ---------------------------------------------------------------- the export

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -47,13 +48,20 @@ def show(value) -> str:
     if isinstance(value, Tensor):
         return f"shape {tuple(value.shape)}" if value.numel() > 12 else show(value.tolist())
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value + 0:.6g}"                             # + 0: no -0
     if isinstance(value, (set, frozenset)):
         return "{" + ", ".join(show(v) for v in sorted(value)) + "}"
     if isinstance(value, (list, tuple)):
         inner = ", ".join(show(v) for v in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner})"
     return repr(value)
+
+
+def parts(got, function: str, names: str, example: str):
+    """What a function returned, if it is as many values as there are ``names``."""
+    if not isinstance(got, (tuple, list)) or len(got) != names.count(",") + 1:
+        raise Wrong(f"{function} returns ({names})", f"{example}: got {show(got)}")
+    return got
 
 
 def equal(got, expected, sentence: str, example: str):
@@ -142,11 +150,16 @@ def marked_angles(length: int) -> tuple[Tensor, Tensor]:
     return positions, -positions
 
 
+def marked_rope():
+    """A patch that puts the marked angles in the place of the student's table."""
+    return mock.patch("model.rope_table", lambda config, length, *_, **__: marked_angles(length))
+
+
 class MarkedCache:
     """In KVCache's place: which mark lies in which slot of which layer. Valid slots hold their own number."""
 
     def __init__(self, length: int, capacity: int = 40, layers: int = 4):
-        self.length, self.tokens, self.rows = length, capacity - layers, layers
+        self.length = length
         self.cos, self.sin = marked_angles(capacity)
         self.slots = [{slot: float(slot) for slot in range(length)} for _ in range(layers)]
 

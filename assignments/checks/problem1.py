@@ -3,7 +3,7 @@ from unittest import mock
 
 import torch
 
-from checks.common import Scale, check, close, config, equal, golden, random
+from checks.common import Scale, check, close, config, equal, golden, parts, random
 
 
 @check(3, "RMSNorm")
@@ -29,8 +29,8 @@ def rope_table():
     for name, changes in (("rope_scaling None", {}), ("rope_scaling of LLaMA 3.1", dict(rope_scaling=dict(
             factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16)))):
         expected = golden()["rope"][name]
-        cos, sin = table(config(head_dim=4, rope_theta=100., **changes), 4)
         example, axes = f"head_dim 4, rope_theta 100, {name}, 4 positions", ("position", "dimension")
+        cos, sin = parts(table(config(head_dim=4, rope_theta=100., **changes), 4), "rope_table", "cos, sin", example)
         close(cos[:1], expected["cos"][:1], "Position 0 is not rotated: its cos is 1", f"cos, {example}", axes)
         close(sin[:1], expected["sin"][:1], "Position 0 is not rotated: its sin is 0", f"sin, {example}", axes)
         close(cos, expected["cos"], "Position p turns pair i by p * inverse_frequencies(config)[i], and dimension i + "
@@ -74,8 +74,8 @@ def put():
         cache.keys, cache.values = ([torch.full((1, 1, 6, 1), fill) for _ in range(2)] for fill in (-1., -2.))
         cache.length = 5                                       # put is told the slot, and this is not it
         k = 10. + torch.arange(rows).reshape(1, 1, rows, 1)
-        got = cache.put(layer, slot, end, k, k + 10)
         example = f"put(layer {layer}, slot {slot}, end {end}) of {tuple(k.shape)} into 6 slots"
+        got = parts(cache.put(layer, slot, end, k, k + 10), "put", "keys, values", example)
         for name, row, held, back, fill in (("keys", k, cache.keys, got[0], -1.), ("values", k + 10, cache.values, got[1], -2.)):
             expected = torch.full((6,), fill)
             expected[slot:slot + rows] = row.flatten()
@@ -159,8 +159,8 @@ def attention_scores():
         calls.append((k, v))
         return keys, values
 
-    close((run(layer, x, *angles(1), None, store) - x)[0, 0, :1], [.804422], "The query comes from the normed x, and attention sees the keys "
-          "and values that store returns", "normed query (2, 0), keys (1, 0) and (0, 0) with values 1 and 0, head_dim 2: the weight of the "
+    close((run(layer, x, *angles(1), None, store) - x)[0, 0, :1], [.804422], "What is added to x is what the query of the normed x reads "
+          "from the keys and values that store returns", "normed query (2, 0), keys (1, 0) and (0, 0) with values 1 and 0, head_dim 2: the weight of the "
           "first", (None,))
     equal(len(calls), 1, "store is called once in a layer", "1 row: number of calls")
     x, calls[:] = torch.tensor([[[2., 4, 0, 0, 0, 0, 0, 0], [2., 4, 0, 0, 0, 0, 0, 0]]]), []
@@ -197,7 +197,7 @@ def feed_forward():
           (None, "row", "dimension"))
 
 
-def whole_layer(rotated=True):
+def whole_layer():
     """A random layer, its input, and RoPE's angles of 5 rows: the same for the reference and for a student."""
     import model
     layer = model.DecoderLayer(config())

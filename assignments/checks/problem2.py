@@ -1,28 +1,25 @@
 """Checks of problem 2. The layers are marked ones (common.py), so nothing of problem 1 is used."""
-from unittest import mock
-
 import torch
 
-from checks.common import MarkedCache, Scale, check, close, equal, marked_angles, marked_model
+from checks.common import MarkedCache, Scale, check, close, equal, marked_model, marked_rope
 
 
 def forward(tokens, skip=(), cache=None, slots=None):
     """The hidden states of the student's forward over marked layers, and what the layers were given."""
     calls = []
     llama = marked_model(calls)
-    marked = mock.patch("model.rope_table", lambda config, length, *_, **__: marked_angles(length))
-    with marked:
+    with marked_rope():
         states = llama(torch.tensor([tokens]), cache, skip, **({"slots": slots} if slots else {}))
+    equal([call.layer for call in calls], [i for i in range(4) if i not in skip], "Just the layers whose index (from 0) is not in skip run, "
+          "in order", f"4 layers, {len(tokens)} token{'s' * (len(tokens) > 1)}, skip = {set(skip) or '{}'}, layers run")
     return states, calls
 
 
 @check(3, "Hidden states, and the layers left out")
 def states():
     for skip in ((), {0}, {3}, {1}, {1, 2}, frozenset({0, 1, 2, 3})):
-        got, calls = forward([1, 2], skip)
+        got, _ = forward([1, 2], skip)
         example = f"4 layers, 2 tokens, skip = {set(skip) or '{}'}"
-        equal([call.layer for call in calls], [i for i in range(4) if i not in skip],
-              "Just the layers whose index (from 0) is not in skip run, in order", f"{example}, layers run")
         equal(len(got), 5, "forward returns h_0 .. h_L, a state for the embedding and one after each layer, run or skipped",
               f"{example}, number of states")
         for i, state in enumerate(got):

@@ -44,6 +44,18 @@ def doubles():
         yield
 
 
+def selected(select, layer, states, budget: int, example: str, *smallest: int):
+    """What a reading of the programme returns, if it is a set and a cosine for every budget."""
+    from dp_skip import Selection
+    got, least = select(layer, states, budget, *smallest), sum(smallest)
+    if not isinstance(got, Selection):
+        raise Wrong("The programme returns a Selection(skip_sets, cosines)", f"{example}: got {show(got)}")
+    for name, values in zip(got._fields, got):
+        equal(len(values), budget - least + 1, f"{name} has an entry for every budget from {'smallest' if smallest else '0'} to M",
+              f"{example}, len({name})")
+    return got
+
+
 def same_sets(name: str):
     """Every case's choices, with doubles, so that only ``name``'s own mistakes are found here; else its sets as they are."""
     import dp_skip
@@ -52,9 +64,8 @@ def same_sets(name: str):
     def run(key):
         for case in golden()["dp"]:
             layers, budget, seed = case["case"]
-            got = select(*toy(layers, seed), budget).skip_sets
             example = f"L = {layers}, M = {budget}, layer, states = toy({layers}, {seed}) of checks/problem3.py"
-            equal(len(got), budget + 1, "There is a set for every budget m = 0 .. M", f"{example}, number of sets")
+            got, _ = selected(select, *toy(layers, seed), budget, example)
             for m, (chosen, expected) in enumerate(zip(got, case[key])):
                 expected = frozenset(tuple(e) if isinstance(e, list) else e for e in expected)
                 equal(frozenset(chosen), expected, "Each cell keeps the candidate closer to h_i: of g(i-1, j) through layer i and "
@@ -72,8 +83,7 @@ def same_sets(name: str):
 
 def largest(select, layer, states, budget: int) -> frozenset:
     """The set for m = M."""
-    sets = select(layer, states, budget).skip_sets
-    equal(len(sets), budget + 1, "There is a set for every budget m = 0 .. M", f"L = {len(states) - 1}, M = {budget}, number of sets")
+    sets, _ = selected(select, layer, states, budget, f"L = {len(states) - 1}, M = {budget}")
     return frozenset(sets[budget])
 
 
@@ -165,6 +175,7 @@ def cosines():
 def same_cosines(name: str):
     """cos(h_L, g(L, m)): by really running each set, on states that the layers do make of each other."""
     import dp_skip
+    select = getattr(dp_skip, name)
     for layers, budget in ((1, 1), (3, 2), (5, 5)):
         layer, states = consistent_toy(layers, 0)
         example = f"L = {layers}, M = {budget}, layer, states = consistent_toy({layers}, 0) of checks/problem3.py"
@@ -176,11 +187,11 @@ def same_cosines(name: str):
             return torch.cosine_similarity(x, states[-1:]).item()
 
         with doubles():
-            got = torch.tensor(getattr(dp_skip, name)(layer, states, budget).cosines).double()
+            _, got = selected(select, layer, states, budget, example)
         manhattan_ones = next(case["manhattan"] for case in golden()["dp consistent"] if case["case"] == [layers, budget])
-        if got.shape != (budget + 1,) or not torch.allclose(got, torch.tensor(manhattan_ones).double(), atol=1e-4):
-            got = getattr(dp_skip, name)(layer, states, budget)
-            close(torch.tensor(got.cosines), [cosine(skip) for skip in got.skip_sets], "cosines[m] is the cosine of h_L and what the "
+        if not torch.allclose(torch.tensor(got), torch.tensor(manhattan_ones), atol=1e-4):
+            sets, got = selected(select, layer, states, budget, example)
+            close(torch.tensor(got), [cosine(skip) for skip in sets], "cosines[m] is the cosine of h_L and what the "
                   "layers outside skip_sets[m] make of h_0", example, ("m",))
 
 

@@ -2,7 +2,7 @@
 import torch
 
 from checks.common import MarkedCache, Wrong, check, close, equal, marked_model
-from checks.problem3 import doubles, overflow, refuses, same_cosines, same_sets, ties, toy
+from checks.problem3 import doubles, overflow, refuses, same_cosines, same_sets, selected, ties, toy
 
 
 @check(4, "The sets it chooses")
@@ -39,13 +39,12 @@ def calls():
 def smallest():
     from dp_skip import select_layers
     for layers, budget, least in ((2, 1, 1), (3, 2, 1), (3, 2, 2), (6, 4, 4), (6, 4, 2), (4, 4, 4)):
+        example = f"L = {layers}, M = {budget}, smallest = {least}, layer, states = toy({layers}, 0) of checks/problem3.py"
         layer, states = toy(layers, 0)
         ran = []
         with doubles():
-            every = select_layers(layer, states, budget)
-            some = select_layers(lambda i, rows: ran.append(len(rows)) or layer(i, rows), states, budget, least)
-        example = f"L = {layers}, M = {budget}, smallest = {least}, layer, states = toy({layers}, 0) of checks/problem3.py"
-        equal(len(some.skip_sets), budget - least + 1, "With smallest the lists hold budgets smallest .. M", f"{example}, number of sets")
+            every = selected(select_layers, layer, states, budget, example)
+            some = selected(select_layers, lambda i, rows: ran.append(len(rows)) or layer(i, rows), states, budget, example, least)
         equal(some.skip_sets, every.skip_sets[least:], "smallest changes which sets are found, and not what they are", f"{example}, choices")
         close(torch.tensor(some.cosines), every.cosines[least:], "smallest changes which cosines are found, and not what they are", example, ("set",))
         needed = sum(1 for i in range(2, layers + 1) for j in range(max(1, least - layers + i), min(i - 1, budget) + 1))
@@ -82,7 +81,7 @@ def sees():
         calls, _ = candidates(length, rows, given)
         for r in range(given):
             example = (f"cache.length {length} (so p = {length - 1}), candidates marked {marks(given)}, old slots by their number: marks "
-                       f"seen by candidate {r}")
+                       f"of the slots that candidate {r} sees")
             expected, got = [float(s) for s in range(length - 1)] + [100. + r], sorted(calls[0].sees[r])
             others = [mark for mark in got if mark >= 100 and mark != 100 + r]
             if others:
@@ -96,14 +95,14 @@ def sees():
 def valid_part():
     for length, rows, given in CASES:
         _, cache = candidates(length, rows, given, layers=(1, 2))
-        equal(cache.length, length, "candidate_layer leaves cache.length as it was", f"cache.length {length}, candidates {given}")
+        equal(cache.length, length, "candidate_layer leaves cache.length as it was", f"cache.length {length}, {given} candidates: cache.length after")
         for i in (1, 2):
             for slot in range(length):
                 equal(cache.slots[i][slot], float(slot), "The DP must not overwrite the true keys and values: candidates write "
                       "behind the valid slots", f"cache.length {length}, candidates marked {marks(given)}: mark in slot {slot} "
                       f"of layer {i}")
-            equal(max(cache.slots[i]) < length + rows, True, "Candidates use the slots from cache.length on, one each",
-                  f"cache.length {length}, candidates {rows}: highest slot written is {max(cache.slots[i])}")
+            equal(sorted(cache.slots[i])[length:], list(range(length, length + given)), "Candidates use the slots from cache.length on, one each",
+                  f"cache.length {length}, {given} candidates: slots written behind the valid ones, in layer {i}")
 
 
 @check(2, "The candidates' position")
@@ -111,4 +110,4 @@ def position():
     for length, rows, given in CASES:
         calls, _ = candidates(length, rows, given)
         equal(calls[0].positions, [float(length - 1)] * given, "All candidates stand at the position of the last cached token, "
-              "p = cache.length - 1, wherever their slots are", f"cache.length {length}, candidates {given}: positions")
+              "p = cache.length - 1, wherever their slots are", f"cache.length {length}, {given} candidates: positions")

@@ -7,30 +7,35 @@ import collections
 
 import torch
 
-from checks.common import Wrong, check, equal, show
+from checks.common import Wrong, check, equal, parts, show
 
 DRAWS = 1500
+NAMES = "number accepted, next token"             # of what both functions return
+
+
+def judged(drafted):
+    """What accept_greedy makes of a draft when the whole model would write 4, 2, 0, 1; and the case in words."""
+    from speculative import accept_greedy
+    choices = [4, 2, 0, 1][:len(drafted) + 1]
+    example = f"drafted {drafted}, the whole model's choices {choices}"
+    return parts(accept_greedy(drafted, torch.eye(5)[choices]), "accept_greedy", NAMES, example), example
 
 
 @check(3, "Greedy: the accepted prefix")
 def prefix():
-    from speculative import accept_greedy
-    wants = torch.eye(5)[[4, 2, 0, 1]]                         # the whole model's choice after 0, 1, 2 and 3 drafted tokens
     for drafted, expected in (([], 0), ([4], 1), ([3], 0), ([4, 2], 2), ([4, 3], 1), ([3, 2], 0), ([4, 3, 0], 1), ([4, 2, 0], 3),
                               ([4, 2, 1], 2)):
-        got = accept_greedy(drafted, wants[:len(drafted) + 1])[0]
-        equal(got, expected, "The longest prefix of the draft that the whole model would have written itself is accepted; nothing "
-              "after its first disagreement", f"drafted {drafted}, the whole model's choices {[4, 2, 0, 1][:len(drafted) + 1]}: accepted")
+        got, example = judged(drafted)
+        equal(got[0], expected, "The longest prefix of the draft that the whole model would have written itself is accepted; nothing "
+              "after its first disagreement", f"{example}: accepted")
 
 
 @check(2, "Greedy: the token after it")
 def own():
-    from speculative import accept_greedy
-    wants = torch.eye(5)[[4, 2, 0, 1]]
     for drafted, expected in (([], 4), ([3], 4), ([4], 2), ([4, 3], 2), ([4, 2], 0), ([3, 2, 0], 4), ([4, 2, 0], 1)):
-        got = accept_greedy(drafted, wants[:len(drafted) + 1])[1]
-        equal(got, expected, "After the accepted tokens comes the whole model's own choice at that row: a correction, or after a "
-              "draft accepted whole the bonus token", f"drafted {drafted}, the whole model's choices {[4, 2, 0, 1][:len(drafted) + 1]}: its own token")
+        got, example = judged(drafted)
+        equal(got[1], expected, "After the accepted tokens comes the whole model's own choice at that row: a correction, or after a "
+              "draft accepted whole the bonus token", f"{example}: its own token")
 
 
 def count(drafted, q, p) -> collections.Counter:
@@ -38,7 +43,8 @@ def count(drafted, q, p) -> collections.Counter:
     rng, q, p = torch.Generator().manual_seed(0), [torch.tensor(row) for row in q], torch.tensor(p)
     outcomes = collections.Counter()
     for _ in range(DRAWS):
-        accepted, token = accept_sampled(list(drafted), [row.clone() for row in q], p.clone(), rng)
+        got = accept_sampled(list(drafted), [row.clone() for row in q], p.clone(), rng)
+        accepted, token = parts(got, "accept_sampled", NAMES, f"drafted {drafted}, q {show(q)}, p {show(p)}")
         outcomes[int(accepted), int(token)] += 1
     return outcomes
 
@@ -114,7 +120,7 @@ def dice():
     for other in (1, 2):
         torch.manual_seed(other)
         rng = torch.Generator().manual_seed(0)
-        got.append([accept_sampled([0, 0], q, p, rng) for _ in range(20)])
+        got.append([parts(accept_sampled([0, 0], q, p, rng), "accept_sampled", NAMES, "drafted [0, 0]") for _ in range(20)])
     for i, (a, b) in enumerate(zip(*got)):
         equal(tuple(map(int, b)), tuple(map(int, a)), "All chance comes from rng, so that a seed gives the same text again",
               f"the same rng twice and another torch.manual_seed, drafted [0, 0], call {i}: (accepted, token)")

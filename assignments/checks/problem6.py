@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from checks.common import Wrong, check, close, config, equal, marked_angles, show
+from checks.common import Wrong, check, close, config, equal, marked_rope, parts, show
 
 VOCABULARY, LAYERS = 7, 4
 
@@ -44,7 +44,7 @@ def double():
         def logits(self, state):
             return state
 
-    with mock.patch("model.rope_table", lambda config, length, *_, **__: marked_angles(length)):
+    with marked_rope():
         llama = Double(config(vocab_size=VOCABULARY))
     llama.passes = []
     return llama
@@ -52,11 +52,16 @@ def double():
 
 def cache_of(llama, tokens=(), slots=60, rows=16):
     import model
-    with mock.patch("model.rope_table", lambda config, length, *_, **__: marked_angles(length)):
+    with marked_rope():
         cache = model.KVCache(llama, slots, rows)
     cache.keys[0][0, 0, :len(tokens), 0] = torch.tensor(tokens, dtype=torch.float32)
     cache.length = len(tokens)
     return cache
+
+
+def states_of(tokens: list[int]) -> torch.Tensor:
+    """h_0 .. h_L of the last of these tokens, (L+1, dim), by all layers."""
+    return torch.tensor([state(tuple(tokens), frozenset(), i) for i in range(LAYERS + 1)])
 
 
 def best(history, skip=frozenset()) -> int:
@@ -77,68 +82,70 @@ def expected_draft(text: list[int], skip, length: int) -> list[int]:
     return tokens
 
 
+def run_draft(text: list[int], skip, length: int, *, threshold=0., choose=greedy, stop=()):
+    """The student's draft on a double whose cache holds ``text`` but for its last token."""
+    from speculative import draft
+    llama = double()
+    cache = cache_of(llama, text[:-1])
+    example = f"cache holds {text[:-1]}, token {text[-1]}, skip = {show(frozenset(skip))}, length {length}, threshold {threshold:.4f}"
+    tokens, q = parts(draft(llama, cache, text[-1], frozenset(skip), length, threshold, choose, stop), "draft",
+                      "drafted tokens, their distributions", example)
+    return SimpleNamespace(tokens=tokens, q=q, passes=llama.passes, length=cache.length, example=example)
+
+
 @check(2, "The draft")
 def drafts():
-    from speculative import draft
     for text, skip, length in (([3], {1}, 1), ([3], {1}, 2), ([3, 4], {0, 2}, 3), ([3, 4, 5], set(), 4), ([3, 4], {1}, 0)):
-        llama = double()
-        cache, example = cache_of(llama, text[:-1]), f"cache holds {text[:-1]}, token {text[-1]}, skip = {skip or '{}'}, length {length}"
-        tokens, q = draft(llama, cache, text[-1], frozenset(skip), length, 0., greedy, ())
-        for one in llama.passes:
+        ran = run_draft(text, skip, length)
+        for one in ran.passes:
             equal((len(one.rows), one.skip), (1, frozenset(skip)), "A draft step is one row through the layers not in skip",
-                  f"{example}, (rows, skip) of a pass")
-        equal(tokens, expected_draft(text, skip, length), "Each drafted token is the draft model's choice after the token given and those "
-              "drafted before it", f"{example}, tokens")
-        equal(len(q), length, "draft returns what choose says of each token's distribution", f"{example}, number of distributions")
-        equal(cache.length, len(text) - 1, "draft puts cache.length back, so that the verifier starts over from there",
-              f"{example}, cache.length after")
-    llama, marks = double(), iter(torch.tensor([[1.], [2.], [3.]]))
-    tokens, q = draft(llama, cache_of(llama, [3]), 4, frozenset({1}), 3, 0., lambda logits: (torch.tensor(5), next(marks)), ())
-    equal((tokens, [float(x) for x in q]), ([5, 5, 5], [1., 2., 3.]), "draft takes each token and its distribution q from choose(logits)",
-          "a choose that says token 5 and distributions marked 1, 2, 3")
+                  f"{ran.example}, (rows, skip) of a pass")
+        equal(ran.tokens, expected_draft(text, skip, length), "Each drafted token is the draft model's choice after the token given and those "
+              "drafted before it", f"{ran.example}, tokens")
+        equal(len(ran.q), length, "draft returns what choose says of each token's distribution", f"{ran.example}, number of distributions")
+        equal(ran.length, len(text) - 1, "draft puts cache.length back, so that the verifier starts over from there",
+              f"{ran.example}, cache.length after")
+    marks = iter(torch.tensor([[1.], [2.], [3.]]))
+    ran = run_draft([3, 4], {1}, 3, choose=lambda logits: (torch.tensor(5), next(marks)))
+    equal((ran.tokens, [float(x) for x in ran.q]), ([5, 5, 5], [1., 2., 3.]), "draft takes each token and its distribution q from "
+          "choose(logits)", "a choose that says token 5 and distributions marked 1, 2, 3")
 
 
 @check(3, "Where a draft ends")
 def exits():
-    from speculative import draft
     text, skip = [3, 4], frozenset({1})
     tokens = expected_draft(text, skip, 4)
     sure = [torch.tensor(state((*text, *tokens[:i]), skip)).softmax(-1).max().item() for i in range(4)]
-
-    def run(threshold, stop=(), choose=greedy):
-        llama = double()
-        return draft(llama, cache_of(llama, text[:-1]), text[-1], skip, 4, threshold, choose, stop)[0]
-
-    low = min(range(4), key=sure.__getitem__)
     for threshold in [confidence * factor for confidence in sure for factor in (.999, 1.001)]:
         kept = next((i + 1 for i, confidence in enumerate(sure) if confidence < threshold), 4)
-        equal(run(threshold), tokens[:kept], "A draft ends *after* the first token at which the draft model's top probability lies below "
-              "exit_threshold, and keeps that token", f"threshold {threshold:.4f}, top probabilities {show([round(c, 4) for c in sure])}, tokens")
-    unlikely = lambda logits: (logits.argmin(), None)                                        # noqa: E731
-    threshold = torch.tensor(state(tuple(text), skip)).softmax(-1).max().item() * .999
-    equal(len(run(threshold, choose=unlikely)) > 1, True, "The confidence is the top probability, not that of the token drawn",
-          f"first step: top probability just above the threshold {threshold:.4f}, and an unlikely token drawn: goes on")
-    equal(run(sure[low] * 0.5, stop={tokens[1]}), tokens[:tokens.index(tokens[1]) + 1], "A draft ends after a token in stop",
+        equal(run_draft(text, skip, 4, threshold=threshold).tokens, tokens[:kept], "A draft ends *after* the first token at which the draft "
+              "model's top probability lies below exit_threshold, and keeps that token", f"threshold {threshold:.4f}, top probabilities "
+              f"{show([round(c, 4) for c in sure])}, tokens")
+    threshold = sure[0] * .999
+    unlikely = run_draft(text, skip, 4, threshold=threshold, choose=lambda logits: (logits.argmin(), None)).tokens
+    if len(unlikely) == 1:
+        raise Wrong("The confidence is the top probability, not that of the token drawn", f"top probability {sure[0]:.4f}, threshold "
+                    f"{threshold:.4f}, and an unlikely token drawn: expected a draft that goes on, got one that ends there")
+    equal(run_draft(text, skip, 4, stop={tokens[1]}).tokens, tokens[:tokens.index(tokens[1]) + 1], "A draft ends after a token in stop",
           f"stop {{{tokens[1]}}}, tokens")
 
 
 # ---------------------------------------------------------------------------- clasp
 
-def play(prompt, count, script, *, drafts=None, own=None, **settings):
+def play(prompt, count, script, *, drafts=None, **settings):
     """Run the student's clasp with scripted acceptance: ``script`` says how many of each draft are accepted.
 
-    Returns what happened: the double, tokens, cache.length at each yield, drafts asked for, optimisations, Stats.
+    Returns what happened: tokens, cache.length at each yield, drafts asked for, verify passes, optimisations, Stats.
     """
     import speculative
     from dp_skip import Selection
     llama, chance = double(), random.Random(1)
-    seen = SimpleNamespace(llama=llama, tokens=[], lengths=[], asked=[], optimized=[], judged=[], expected=[], due=[],
-                           stats=speculative.Stats())
+    seen = SimpleNamespace(tokens=[], lengths=[], asked=[], optimized=[], judged=[], expected=[], stats=speculative.Stats())
     turns = iter(script)
 
     def judge(drafted):
         accepted = min(next(turns, 0), len(drafted))
-        token = chance.randrange(VOCABULARY) if own is None else own
+        token = chance.randrange(VOCABULARY)
         seen.expected += [*drafted[:accepted], token]
         return accepted, token
 
@@ -174,6 +181,9 @@ def play(prompt, count, script, *, drafts=None, own=None, **settings):
             seen.lengths.append(cache.length)
             if len(seen.tokens) > count + 5:
                 break
+    if not seen.judged:
+        raise Wrong(f"Every cycle's draft, be it empty, is judged by {'accept_sampled' if settings.get('temperature') else 'accept_greedy'}",
+                    f"prompt {prompt}, {count} new tokens: it was never called")
     seen.verified = [one for one in llama.passes[1 if len(prompt) > 1 else 0:] if not one.skip]
     return seen
 
@@ -231,7 +241,8 @@ def drafted():
         left = 12 - (ask.at - 2)
         equal(ask.length, min(3, left - 1), "A draft is at most K tokens, and one fewer than are left to write, since the verifier "
               "adds one of its own", f"{example}, {left} tokens left: length")
-        equal((ask.threshold, set(ask.stop)), (0.5, {99}), "The exit threshold and the stop tokens are handed on to draft", f"{example}")
+        equal((ask.threshold, set(ask.stop)), (0.5, {99}), "The exit threshold and the stop tokens are handed on to draft",
+              f"{example}: threshold and stop")
     for prompt, expected in (([1, 2, 3], 0), ([1], 1)):
         seen = play(prompt, 12, [0, 0, 0])
         equal(seen.asked[0].at - len(prompt) + 1 if seen.asked else None, expected, "There is a draft in every cycle once layers are chosen: "
@@ -257,9 +268,12 @@ def optimised():
             where = f"{example}, run after {one.written} new tokens"
             equal(one.budget, 2, "The DP's budget is skip_layers", f"{where}: budget")
             equal(one.at, last, "When the DP runs, the last token in the cache is the last one accepted", f"{where}: cache.length")
-            expected = torch.tensor([state(tuple(text[:last]), frozenset(), i) for i in range(LAYERS + 1)])
-            close(one.hidden, expected, "The DP gets h_0 .. h_L of the last token in the cache: the last drafted token accepted, or the "
-                  "pending one if none was", where, ("h", "dimension"))
+            equal(tuple(one.hidden.shape), (LAYERS + 1, VOCABULARY), "The DP gets h_0 .. h_L of one token, (L+1, dim)", f"{where}: shape")
+            held = [n for n in range(1, last + 1) if torch.allclose(one.hidden, states_of(text[:n]))]
+            if last not in held:
+                raise Wrong("The DP gets h_0 .. h_L of the last token in the cache: the last drafted token accepted, or the pending one "
+                            "if none was", f"{where}: expected the states after {text[:last]}, got "
+                            + (f"those after {text[:held[-1]]}" if held else "those of a token that was not accepted, or no token's"))
     equal([at for at, _ in seen.stats.skip_sets], due, "stats.skip_sets tells after how many new tokens each set was chosen", f"{example}")
 
 
@@ -269,7 +283,7 @@ def sampling():
     seen = play([1, 2, 3], 8, [1, 0, 2], temperature=0.7, top_p=0.9)
     text, at = [1, 2, 3], 0
     if len(seen.judged[0]) != 3:
-        raise Wrong("With a temperature above 0 a draft is judged by accept_sampled", "temperature 0.7: accept_greedy was called")
+        raise Wrong("With a temperature above 0 a draft is judged by accept_sampled", "temperature 0.7: expected accept_sampled, got accept_greedy")
     for cycle, (drafted, q, p) in enumerate(seen.judged):
         example = f"temperature 0.7, top_p 0.9, accepted by cycle [1, 0, 2], cycle {cycle}"
         logits = torch.tensor([state((*text, *drafted[:i])) for i in range(len(drafted) + 1)])
@@ -281,7 +295,8 @@ def sampling():
         text += seen.expected[at:at + accepted + 1]
         at += accepted + 1
     seen = play([1, 2, 3], 4, [1])
-    equal(len(seen.judged[0]), 2, "At temperature 0 a draft is judged by accept_greedy", "temperature 0: it was not called; arguments")
+    if len(seen.judged[0]) != 2:
+        raise Wrong("At temperature 0 a draft is judged by accept_greedy", "temperature 0: expected accept_greedy, got accept_sampled")
 
 
 @check(1, "Passes of one shape")
@@ -309,6 +324,10 @@ def statistics():
     example, drafted = "prompt of 3, 10 new tokens, K = 3, accepted by cycle [1, 0, 2, 3]", [len(judged[0]) for judged in seen.judged]
     accepted = [min(script[cycle] if cycle < 4 else 0, k) for cycle, k in enumerate(drafted)]
     flags = [flag for a in accepted for flag in [True] * a + [False]]
-    for name, expected in (("tokens", seen.tokens), ("cycles", len(drafted)), ("drafted", sum(drafted)), ("accepted", sum(accepted)),
-                           ("optimizations", len(seen.optimized)), ("from_draft", flags[:10])):
-        equal(getattr(seen.stats, name), expected, f"stats.{name} counts what its name says", f"{example}: {name}")
+    for name, meaning, expected in (
+            ("tokens", "holds the new tokens", seen.tokens), ("cycles", "counts the passes of the whole model but the prefill", len(drafted)),
+            ("drafted", "counts the tokens drafted", sum(drafted)),
+            ("accepted", "counts the drafted tokens accepted, without the verifier's own", sum(accepted)),
+            ("optimizations", "counts the runs of the DP", len(seen.optimized)),
+            ("from_draft", "tells of each new token whether the draft wrote it", flags[:10])):
+        equal(getattr(seen.stats, name), expected, f"stats.{name} {meaning}", f"{example}: {name}")
