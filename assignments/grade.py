@@ -12,9 +12,11 @@ prints counts for nothing. That guards against accidents; it is no sandbox for h
 run your own copy of this file and of ``checks/`` over the student's folder, in a container.
 """
 import argparse
+import faulthandler
 import json
 import linecache
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -33,7 +35,7 @@ except ImportError:                                            # Windows: the ti
 
 HERE = Path(__file__).resolve().parent
 SECONDS = 13                  # for a problem, at least: the reference takes 2 to 4
-TOTAL_SECONDS = 84            # for all six; time that one leaves unused may be taken by those after it, which a busy machine needs
+TOTAL_SECONDS = 82            # for all six; time that one leaves unused may be taken by those after it, which a busy machine needs
 LEADERBOARD_SECONDS = 120
 MEMORY = 3 << 30              # bytes beyond what Python and torch have mapped before any solution is loaded
 FILE_SIZE = 64 << 20          # bytes that a solution may write into one file
@@ -68,11 +70,11 @@ class Result(NamedTuple):
 
 # ---------------------------------------------------------------------------- in the child
 
-def limit(seconds: int):
+def limit(cpu_seconds: int):
     """Bound this process. What a platform does not know is left out: the parent's clock is there everywhere."""
     if resource is None:
         return
-    bounds = {"RLIMIT_CPU": seconds + 5, "RLIMIT_FSIZE": FILE_SIZE, "RLIMIT_CORE": 0}
+    bounds = {"RLIMIT_CPU": cpu_seconds + 5, "RLIMIT_FSIZE": FILE_SIZE, "RLIMIT_CORE": 0}
     if Path("/proc/self/statm").exists():
         mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         bounds["RLIMIT_AS"] = mapped + MEMORY
@@ -86,7 +88,7 @@ def limit(seconds: int):
 def explain(error: BaseException, repo: str) -> str:
     """What went wrong other than by a check's word, in one sentence with the place in the student's own file."""
     stack = list(traceback.walk_tb(error.__traceback__))
-    own = [(frame, line) for frame, line in stack if in_solution(frame, repo)]
+    own = [(frame, line) for frame, line in stack if in_solution(frame.f_code.co_filename, repo)]
     said = " ".join(str(error).split())[:300]
     if isinstance(error, NotImplementedError) and own:
         return f"not written yet: {said or own[-1][0].f_code.co_name}"
@@ -107,10 +109,9 @@ def explain(error: BaseException, repo: str) -> str:
     return f"Your code raised {type(error).__name__}{': ' * bool(said)}{said}{at}"
 
 
-def in_solution(frame: FrameType, repo: str) -> bool:
-    """Is this a line of the student's? In a student's repository the grader's own files lie beside them."""
-    path = Path(frame.f_code.co_filename)
-    return path.parent == Path(repo) and path not in (HERE / "grade.py", HERE / "leaderboard.py")
+def in_solution(path: str, repo: str | Path) -> bool:
+    """Is this file the student's? In a student's repository the grader's own lie beside them."""
+    return Path(path).parent == Path(repo) and Path(path) not in (HERE / "grade.py", HERE / "leaderboard.py")
 
 
 def given(frame: FrameType) -> str:
@@ -131,6 +132,9 @@ def given(frame: FrameType) -> str:
 def child():
     """Run the checks of one problem; a line of JSON for the start and the end of each."""
     job = json.load(sys.stdin)
+    faults = open(job["faults"], "w")                          # where the code is when it crashes, or when time is nearly up
+    faulthandler.enable(faults)
+    faulthandler.dump_traceback_later(job["seconds"] - 0.5, file=faults)
     import torch
 
     import leaderboard                                         # these are the grader's own, whatever the solution's folder holds
@@ -138,7 +142,7 @@ def child():
     if job["problem"]:
         torch.set_num_threads(1)                               # the leaderboard may use what the machine has
     out = open(job["results"], "w")
-    limit(job["seconds"])
+    limit(job["seconds"] * torch.get_num_threads())
     sys.path.insert(0, job["repo"])
     sys.dont_write_bytecode = True
 
@@ -171,8 +175,8 @@ def run_child(problem: int, repo: Path, seconds: int) -> tuple[dict[str, dict], 
     """The lines a child wrote, the last for each check, and how it ended if not well."""
     key, how = secrets.token_hex(8), ""
     with tempfile.TemporaryDirectory() as folder:
-        results = Path(folder) / "results"
-        job = {"problem": problem, "repo": str(repo), "results": str(results), "key": key, "seconds": seconds}
+        results, faults = Path(folder) / "results", Path(folder) / "faults"
+        job = {"problem": problem, "repo": str(repo), "results": str(results), "faults": str(faults), "key": key, "seconds": seconds}
         process = subprocess.Popen(
             [sys.executable, str(HERE / "grade.py"), "--child"], cwd=repo, stdin=subprocess.PIPE, text=True,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
@@ -199,7 +203,9 @@ def run_child(problem: int, repo: Path, seconds: int) -> tuple[dict[str, dict], 
                     lines[line["number"]] = line
             except (ValueError, TypeError, KeyError, AttributeError):
                 pass                                           # not ours
-    return lines, how or "ended the whole process"
+        places = re.findall(r'File "(.+)", line (\d+) in', faults.read_text(errors="replace") if faults.exists() else "")
+        at = next((f", at {Path(path).name}, line {line}" for path, line in places if in_solution(path, repo)), "")     # innermost first
+    return lines, (how or "ended the whole process") + at
 
 
 def grade_all(problems: list[int], repo: Path) -> list[Result]:
@@ -222,7 +228,7 @@ def grade(problem: int, repo: Path, seconds: int) -> list[Result]:
         passed = line.get("passed") is True
         message = line.get("message") or ""
         if "passed" not in line:
-            message = f"not reached: see check {fatal}" if fatal else f"Your code {how} in this check"
+            message = f"not reached: see check {fatal}" if fatal else f"In this check your code {how}"
             fatal = fatal or check.number
         results.append(Result(check.number, check.title, check.points, passed, message))
     return results
