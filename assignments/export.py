@@ -3,9 +3,10 @@
     python assignments/export.py OUT
     python assignments/export.py OUT --problems 3,4      a shorter assignment, the rest solved
 
-What is taken out is the list in grade.py, cut from the core's own source: signature and docstring stay. What goes
-along is found too: generate.py and what it imports, the tests that need nothing else, the bundled checkpoint, the
-grader and the handout. Nothing else of the project does, so neither bench.py nor tools/ nor history gives a solution away.
+What is taken out is the list in grade.py, cut from the core's own source: signature and docstring stay. Helpers that
+nothing calls any more and the handout does not name were a part of the solution and go too. What goes along is found as
+well: generate.py and what it imports, the tests that need nothing else, the bundled checkpoint, the grader and the
+handout. Nothing else of the project does, so neither bench.py nor tools/ nor history gives a solution away.
 """
 import argparse
 import ast
@@ -13,6 +14,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from grade import PROBLEMS, numbers
@@ -21,8 +23,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 # Problem 4 solved would give problem 3 away, being the same programme (not the reverse: it is meant to be derived from it).
-# So while 3 is to be written and 4 is not assigned, the plain form stands in, and a test that wants the fast one goes.
-NOT_FOR_STAND_IN = ("test_dp_skip.py", "test_fast_calls_each_layer_once_on_at_most_budget_rows")
+# So while 3 is to be written and 4 is not assigned, the plain form stands in, and tests that want the fast one go.
+# Those on costs go with either: they hold the whole programme, and costs are not asked for.
+TESTS = "test_dp_skip.py"
+FAST_TESTS = ["test_fast_calls_each_layer_once_on_at_most_budget_rows"]
+COST_TESTS = ["survivors_by_sum", "test_costs_that_differ", "test_costs_must_be_one_a_layer_and_at_least_1"]
 
 # A file that gives problem 1 away by a faster way of writing it; decoding is right without it, and generate.py wants its name.
 SLOW_PACKED = '''"""The project's own file makes products of few rows faster, and shows how a norm is written: this one changes nothing."""
@@ -70,11 +75,30 @@ def header_end(node: ast.FunctionDef, lines: list[str]) -> int:
     return end
 
 
-def without(source: str, test: str) -> str:
-    """A test file's source without one of its functions, and the blank lines after it."""
-    node, lines = find(ast.parse(source), test), source.splitlines(keepends=True)
-    start = min([node.lineno] + [d.lineno for d in node.decorator_list]) - 1
-    return "".join(lines[:start] + lines[node.end_lineno + 2:])
+def without(source: str, names: Iterable[str]) -> str:
+    """Module source without some of its functions, and the blank lines after them."""
+    for name in names:
+        node, lines = find(ast.parse(source), name), source.splitlines(keepends=True)
+        start = min([node.lineno] + [d.lineno for d in node.decorator_list]) - 1
+        source = "".join(lines[:start] + lines[node.end_lineno + 2:])
+    return source
+
+
+def without_helpers(sources: dict[str, str], users: Iterable[str], text: str) -> dict[str, str]:
+    """Modules without the functions that neither they nor other sources, ``users``, nor the handout's text name."""
+    while True:
+        named = set(re.findall(r"\w+", text)).union(*map(names_in, [*sources.values(), *users]))
+        gone = {module: [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name not in named]
+                for module, source in sources.items()}
+        if not any(gone.values()):
+            return sources
+        sources = {module: without(source, gone[module]) for module, source in sources.items()}
+
+
+def names_in(source: str) -> set[str]:
+    """What a module's code names; comments and docstrings do not count, nor does a definition."""
+    return {name for node in ast.walk(ast.parse(source)) for field in ("id", "attr", "name")
+            if isinstance(name := getattr(node, field, None), str) and not isinstance(node, (ast.FunctionDef, ast.ClassDef))}
 
 
 def imports(source: str) -> set[str]:
@@ -151,15 +175,16 @@ def export(out: Path, problems: list[int]):
     if 1 in problems:
         find(ast.parse(sources.get("packed", "")), "pack")
         sources["packed"] = SLOW_PACKED
-    text = handout(problems)
+    text, checked = handout(problems), {path: path.read_text() for path in tests(exported)}
+    sources = without_helpers(sources, checked.values(), text)
+    withheld = FAST_TESTS * needs_stand_in(problems) + COST_TESTS * bool({3, 4} & set(problems))
 
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "train.py", "make.py")
     (out / "tests").mkdir(parents=True)
     for name, source in sources.items():
         (out / f"{name}.py").write_text(source)
-    for path in tests(exported):
-        gone = NOT_FOR_STAND_IN[1] if needs_stand_in(problems) and path.name == NOT_FOR_STAND_IN[0] else None
-        (out / "tests" / path.name).write_text(without(path.read_text(), gone) if gone else path.read_text())
+    for path, source in checked.items():
+        (out / "tests" / path.name).write_text(without(source, withheld) if path.name == TESTS else source)
     shutil.copytree(ROOT / "tests" / "golden", out / "tests" / "golden", ignore=ignore)
     shutil.copytree(ROOT / "checkpoints", out / "checkpoints", ignore=ignore)
     shutil.copytree(HERE / "checks", out / "checks", ignore=ignore)

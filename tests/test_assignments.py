@@ -142,13 +142,9 @@ def test_code_that_fails_is_shown_by_its_own_line_or_by_what_it_returned(solved)
 
 # ---------------------------------------------------------------- the export
 
-def lines_of_bodies(problems) -> set[str]:
-    """Lines of the reference's solutions that are nowhere in the rest of the core."""
-    changed, whole, rest = export.bodies(list(problems)), set(), set()
-    for name in export.modules():
-        source = (ROOT / f"{name}.py").read_text()
-        whole |= code_lines(source)
-        rest |= code_lines(export.replace_bodies(source, changed.get(name, {})))
+def lines_taken_out(out) -> set[str]:
+    """Lines of the reference that are nowhere in the exported core."""
+    whole, rest = ({line for name in export.modules() for line in code_lines((folder / f"{name}.py").read_text())} for folder in (ROOT, out))
     return whole - rest
 
 
@@ -159,7 +155,8 @@ def code_lines(text: str) -> set[str]:
 
 @pytest.mark.parametrize("problems", [tuple(PROBLEMS), *((number,) for number in PROBLEMS), (3, 4)], ids=str)
 def test_nothing_exported_gives_a_solution_away(exported, problems):
-    out, removed = exported(problems), lines_of_bodies(problems)
+    out = exported(problems)
+    removed = lines_taken_out(out)
     files = [path for path in out.rglob("*") if path.is_file()]
     texts = {path: path.read_text() for path in files if path.suffix in (".py", ".md", ".json") and path.name != "tokenizer.json"}
     for path, text in texts.items():
@@ -201,6 +198,13 @@ def test_the_tests_that_go_along_need_nothing_that_does_not(exported):
                           env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
     assert done.returncode == 0, done.stdout
     assert (exported() / "tests" / "test_dp_skip.py").exists() and not (exported() / "tests" / "test_bench.py").exists()
+
+
+def test_helpers_of_a_solution_go_with_it_and_those_that_the_handout_names_stay():
+    sources = {"core": "def solved():\n    raise NotImplementedError\n\n\ndef step():\n    return inner()\n\n\n"
+                       "def inner():\n    return 'step'\n\n\ndef named():\n    return 1\n"}
+    left = export.without_helpers(sources, ["import core\ncore.solved()"], "Measure by `named`.")
+    assert export.names_in(left["core"]) == {"NotImplementedError"} and re.findall(r"def (\w+)", left["core"]) == ["solved", "named"]
 
 
 def test_a_name_that_is_gone_fails_loudly_and_writes_nothing(tmp_path, monkeypatch):

@@ -32,7 +32,7 @@ def manhattan(rows, target):
     return (rows - 3 * target / target.abs().sum()).abs().sum(-1)
 
 
-def cells(skipped, layers, budget):
+def cells(skipped, layers, budget, *_):
     """In ``walk_back``'s place: no path, but all cells that can lead to (layers, budget) and skip their layer."""
     return frozenset((i, j) for i in range(1, layers + 1) for j in range(max(0, budget - layers + i), min(i, budget) + 1)
                      if bool(skipped(i, j)))
