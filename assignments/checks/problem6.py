@@ -87,7 +87,7 @@ def run_draft(text: list[int], skip, length: int, *, threshold=0., choose=greedy
     from speculative import draft
     llama = double()
     cache = cache_of(llama, text[:-1])
-    example = f"cache holds {text[:-1]}, token {text[-1]}, skip = {show(frozenset(skip))}, length {length}, threshold {threshold:.4f}"
+    example = f"cache holds {text[:-1]}, token {text[-1]}, skip = {show(frozenset(skip))}, length {length}" + f", threshold {threshold:.4f}" * (threshold > 0)
     tokens, q = parts(draft(llama, cache, text[-1], frozenset(skip), length, threshold, choose, stop), "draft",
                       "drafted tokens, their distributions", example)
     return SimpleNamespace(tokens=tokens, q=q, passes=llama.passes, length=cache.length, example=example)
