@@ -23,13 +23,14 @@ again by the same seed. (KnapSpec too chooses by expected tokens per unit of tim
 import itertools
 import math
 from collections import defaultdict, deque
+from pathlib import Path
 from statistics import median_low
 
 import torch
 from torch import Tensor
 
 from dp_skip import Selection, select_layers
-from model import KVCache, Llama, rope_table
+from model import KVCache, Llama, ModelError, read_json, rope_table
 from speculative import clock, optimize
 
 SLOPE = 0.9                   # rejections per unit of d before anything is known: 0.7 and 1.0 on the two models measured
@@ -78,6 +79,14 @@ class Costs:
         # a plain step is rarely measured while drafts pay, but bounded by what is
         times["plain"] = times["verify"] if self.one_shape else min(times[k] for k in ("plain", "draft", "verify"))
         return times
+
+
+def read_costs(file: str) -> dict[str, float]:
+    """Fixed times for ``Costs`` from a JSON file. Raises ModelError for any other."""
+    costs = read_json(Path(file))
+    if costs.keys() != set(KINDS) or not all(isinstance(cost, int | float) and cost > 0 for cost in costs.values()):
+        raise ModelError(f"{file}: not a JSON object with a positive number for each of {', '.join(KINDS)}")
+    return costs
 
 
 class Ratio:

@@ -32,7 +32,7 @@ Layer = Callable[[int, Tensor], Tensor]
 
 
 class Selection(NamedTuple):
-    """For each budget m = 0 .. M (or from ``smallest`` on), the layers to skip (indices from 0) and the final state's cosine with h_L."""
+    """For each budget m = 0 .. M (or from ``smallest`` on), the layers to skip (from 0) and the last state's cosine with h_L."""
     skip_sets: list[frozenset[int]]
     cosines: list[float]
 
@@ -73,10 +73,10 @@ def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0,
     """
     layers = layer_count(states, budget, smallest, costs)
     costs, targets = tuple(costs or [1] * layers), unit(states)
-    columns, steps = cells_of(costs, budget, smallest), sources(costs, budget, smallest, states.device)
+    columns = sources(costs, budget, smallest, states.device)
     never = targets.new_full((1,), torch.inf)                 # the distance of a choice that a cell does not have
     survivors, bits = states[:1], []                          # here g(0, 0)
-    for i, (rows, from_run, from_skip) in enumerate(steps):
+    for i, (_, rows, from_run, from_skip) in enumerate(columns):
         candidates = survivors[rows]
         run = layer(i, candidates) if len(candidates) else candidates
         both = torch.cat((states[i + 1:i + 2], run, survivors))
@@ -85,37 +85,30 @@ def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0,
         survivors = both[torch.where(skip, from_skip, from_run)]
         bits.append(skip)
     bits = iter(torch.cat(bits).tolist())
-    table = {(i, j): next(bits) for i, column in enumerate(columns[1:], 1) for j in column}
-    return Selection([walk_back(lambda i, j: table[i, j], layers, j, costs) for j in columns[-1]], cosines(survivors, targets[-1]))
-
-
-def cells_of(costs: tuple[int, ...], budget: int, smallest: int) -> list[list[int]]:
-    """The j of every cell, for i = 0 .. L: what some of the first i layers save, if the others can bring it to ``smallest``."""
-    columns, left = [[0]], sum(costs)
-    for cost in costs:
-        left -= cost
-        columns.append(sorted({j + saved for j in columns[-1] for saved in (0, cost) if smallest - left <= j + saved <= budget}))
-    return columns
+    table = {(i, j): next(bits) for i, (cells, *_) in enumerate(columns, 1) for j in cells}
+    return Selection([walk_back(lambda i, j: table[i, j], layers, j, costs) for j in columns[-1][0]],
+                     cosines(survivors, targets[-1]))
 
 
 @lru_cache(maxsize=16)
-def sources(costs: tuple[int, ...], budget: int, smallest: int, device: torch.device) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each layer: the survivors it runs on, and where its cells' two choices stand among (h_i, run, survivors).
-
-    Behind these stands the choice that a cell does not have. Made once and kept on the device.
-    """
-    columns, steps = cells_of(costs, budget, smallest), []
-    for cost, before, cells in zip(costs, columns, columns[1:]):
+def sources(costs: tuple[int, ...], budget: int, smallest: int, device: torch.device) -> list[tuple]:
+    """For each layer: the j of its cells (what some of the layers so far save, if the others can bring it to ``smallest``),
+    the survivors it runs on, and where its cells' two choices stand among (h_i, run, survivors), behind which stands the
+    choice that a cell does not have. Made once and kept on the device."""
+    cells, left, columns = [0], sum(costs), []
+    for cost in costs:
+        before, left = cells, left - cost
+        cells = sorted({j + saved for j in before for saved in (0, cost) if smallest - left <= j + saved <= budget})
         running = [j for j in before if j in cells and j > 0]                # g(i, 0) is the true state: no need to
         run = {0: 0} | {j: 1 + r for r, j in enumerate(running)}
         skip = {j + cost: 1 + len(running) + s for s, j in enumerate(before)}
         never = 1 + len(running) + len(before)
-        steps.append(tuple(torch.tensor(indices, dtype=torch.long, device=device) for indices in (
-            [before.index(j) for j in running], [run.get(j, never) for j in cells], [skip.get(j, never) for j in cells])))
-    return steps
+        columns.append((cells, *(torch.tensor(indices, dtype=torch.long, device=device) for indices in (
+            [before.index(j) for j in running], [run.get(j, never) for j in cells], [skip.get(j, never) for j in cells]))))
+    return columns
 
 
-def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int, costs: Sequence[int] | None = None) -> frozenset[int]:
+def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int, costs=None) -> frozenset[int]:
     """The set behind cell (layers, budget): follow the choices from the last layer to the first."""
     chosen, j = set(), budget
     for i in range(layers, 0, -1):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from auto import KINDS, Auto, block_costs
+from auto import Auto, block_costs, read_costs
 from exact import full_pass
 from model import KVCache, Llama, ModelError, find_folder, load_model, read_json
 from packed import pack
@@ -38,45 +38,39 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Write text with CLaSp: LLaMA drafts with some layers skipped, checks with all.",
-                    allow_abbrev=False)
-    text = parser.add_mutually_exclusive_group()
+    parser = Parser(description="Write text with CLaSp: LLaMA drafts with some layers skipped, checks with all.", allow_abbrev=False)
+    add, text = parser.add_argument, parser.add_mutually_exclusive_group()
+    by_model = "default: what the model's generation_config.json suggests, else"
     text.add_argument("--prompt", metavar="TEXT", default="Once upon a time, in a great forest, there lived an old witch",
                       help="default: %(default)r")
     text.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file, - for standard input")
-    parser.add_argument("--model", metavar="PATH_OR_REPO", default=str(BUNDLED),
-                        help="a folder with config.json, *.safetensors and tokenizer.json, or a Hugging Face repo id; "
-                             "default: the bundled fairy-tale model")
-    parser.add_argument("--method", choices=["clasp", "autoregressive"], default="clasp")
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0 is greedy; default: %(default)s")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P",
-                        help="sample from the likeliest tokens that reach P together; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
-    by_model = "default: what the model's generation_config.json suggests, else"
-    parser.add_argument("--skip-layers", type=layers_or_auto, metavar="M|auto",
-                        help="layers the draft leaves out; auto: whatever gives most tokens per second, drafts and "
-                             f"optimisations included; {by_model} half of them")
-    parser.add_argument("--skip-unit", choices=["layer", "block"], default="layer",
-                        help="leave out layers, or attention and MLP blocks, as many as take the time of M layers; default: %(default)s")
-    parser.add_argument("--costs", metavar="FILE", help="for auto: a JSON object of fixed times in place of measured ones, so that a "
-                        "seed gives the same text again: draft (with nothing skipped), plain, verify, optimize")
-    parser.add_argument("--draft-length", type=int, metavar="K", help=f"most tokens drafted at once; {by_model} {DRAFT_LENGTH}")
-    parser.add_argument("--draft-exit-threshold", type=float, metavar="X",
-                        help=f"stop drafting when the draft's top probability is lower; {by_model} {EXIT_THRESHOLD}")
-    parser.add_argument("--opt-interval", type=int, metavar="N",
-                        help=f"cycles between two choices of the skipped layers; {by_model} {OPT_INTERVAL}")
-    parser.add_argument("--exact", action=argparse.BooleanOptionalAction, default=None,
-                        help="verify in passes of one shape, so that greedy text is plain decoding's to the last bit; "
-                             "--no-exact saves the padding of short drafts; default: yes, but no with --skip-layers auto")
-    parser.add_argument("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
-                        help="default: float32 on the CPU, bfloat16 elsewhere")
-    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's own chat template")
-    parser.add_argument("--compare", action="store_true", help="also decode autoregressively: both speeds, same tokens?")
-    parser.add_argument("--show-drafts", action="store_true", help="colour each token by who wrote it")
-    parser.add_argument("--show-skips", action="store_true", help="print the layers skipped after each optimisation")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output instead of text")
+    add("--model", metavar="PATH_OR_REPO", default=str(BUNDLED), help="a folder with config.json, *.safetensors and "
+        "tokenizer.json, or a Hugging Face repo id; default: the bundled fairy-tale model")
+    add("--method", choices=["clasp", "autoregressive"], default="clasp")
+    add("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
+    add("--temperature", type=float, default=0.6, metavar="T", help="0 is greedy; default: %(default)s")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that reach P together; default: 1")
+    add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
+    add("--skip-layers", type=layers_or_auto, metavar="M|auto", help="layers the draft leaves out; auto: however many give the "
+        f"most tokens per second, if any, and it sees to threshold and interval too; {by_model} half of them")
+    add("--skip-unit", choices=["layer", "block"], default="layer",
+        help="leave out layers, or attention and MLP blocks, as many as take the time of M layers; default: %(default)s")
+    add("--costs", metavar="FILE", help="for auto: fixed times, so that a seed gives the same text again: a JSON object of "
+        "numbers draft (with nothing skipped), plain, verify, optimize")
+    add("--draft-length", type=int, metavar="K", help=f"most tokens drafted at once; {by_model} {DRAFT_LENGTH}")
+    add("--draft-exit-threshold", type=float, metavar="X",
+        help=f"stop drafting when the draft's top probability is lower; {by_model} {EXIT_THRESHOLD}")
+    add("--opt-interval", type=int, metavar="N", help=f"cycles between two choices of the skipped layers; {by_model} {OPT_INTERVAL}")
+    add("--exact", action=argparse.BooleanOptionalAction, default=None,
+        help="verify in passes of one shape, so that greedy text is plain decoding's to the last bit; --no-exact saves the "
+             "padding of short drafts; default: yes, but no with --skip-layers auto")
+    add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on the CPU, bfloat16 elsewhere")
+    add("--chat", action="store_true", help="wrap the prompt in the model's own chat template")
+    add("--compare", action="store_true", help="also decode autoregressively: both speeds, same tokens?")
+    add("--show-drafts", action="store_true", help="colour each token by who wrote it")
+    add("--show-skips", action="store_true", help="print the layers skipped after each optimisation")
+    add("--json", action="store_true", help="one JSON object on standard output instead of text")
     return parser.parse_args(argv)
 
 
@@ -201,14 +195,6 @@ def suggested_settings(folder: Path | None) -> dict:
             and all(isinstance(value, int | float if name == "exit_threshold" else int) for name, value in suggested.items())):
         raise ModelError(f"{folder / 'generation_config.json'}: clasp may give {', '.join(settings)} a (whole) number, nothing else")
     return settings | suggested
-
-
-def read_costs(file: str) -> dict[str, float]:
-    """Fixed times for auto. Raises ModelError for another file."""
-    costs = read_json(Path(file))
-    if costs.keys() != set(KINDS) or not all(isinstance(cost, int | float) and cost > 0 for cost in costs.values()):
-        raise ModelError(f"{file}: not a JSON object with a positive number for each of {', '.join(KINDS)}")
-    return costs
 
 
 def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., Iterator[int]]:

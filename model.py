@@ -175,12 +175,9 @@ class KVCache:
 
 
 class Llama(nn.Module):
-    """Embedding, decoder layers, final norm and head. The head shares the embedding's weights if tied.
-
-    block_costs: None, and layers are skipped whole; or what leaving out an attention and an MLP block saves, two whole
-    numbers, and these are skipped one by one: ``parts`` then has 2 L of them.
-    """
-    block_costs: tuple[int, int] | None = None
+    """Embedding, decoder layers, final norm and head. The head shares the embedding's weights if tied."""
+    block_costs: tuple[int, int] | None = None      # None: layers are skipped whole; else what skipping an attention and an
+    # MLP block saves, two whole numbers, and these are skipped one by one
 
     def __init__(self, config: Config):
         super().__init__()
@@ -192,9 +189,10 @@ class Llama(nn.Module):
 
     @property
     def parts(self) -> list:
-        """What can be skipped, in order: the layers, or their blocks. All are called as a layer is."""
-        return list(self.layers) if self.block_costs is None else [
-            block for layer in self.layers for block in (layer.attention_block, layer.mlp_block)]
+        """What can be skipped, in order: the L layers, or their 2 L blocks. All are called as a layer is."""
+        if self.block_costs is None:
+            return list(self.layers)
+        return [block for layer in self.layers for block in (layer.attention_block, layer.mlp_block)]
 
     def layer_of(self, part: int) -> int:
         return part if self.block_costs is None else part // 2

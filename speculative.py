@@ -236,8 +236,8 @@ def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], lengt
     Returns them and, when sampling, the distributions q they were drawn from. cache.length is put back:
     the verifier starts over from there.
 
-    Whether to draw *another* token, ``go_on`` says from the confidence at the last, its top probability; a token once drawn is kept.
-    Dropping it for being unlikely would bias what is left, which was drawn from another distribution than q.
+    Whether to draw *another* token, ``go_on`` says from the confidence at the last, its top probability; a token once
+    drawn is kept. Dropping it for being unlikely would bias what is left: it was drawn from another distribution than q.
     """
     start, tokens, distributions = cache.length, [], []
     try:

@@ -3,12 +3,15 @@
     python tools/measure.py equal  [--model M] [--dtype D]  greedy text, logits and cache, bit for bit, 4 values of M
     python tools/measure.py dp     [--model M]        fast = plain at 20 positions; time of a DP in verify passes
     python tools/measure.py slice  [--model M]        DP, brute force and random sets on a 10-layer slice
+    python tools/measure.py blocks [--model M]        layers skipped, or attention and MLP blocks worth as much time
+    python tools/measure.py sweep  [--model M]        --skip-layers auto against every M x threshold x interval, by group
 """
 import argparse
 import itertools
 import random
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,11 +19,12 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import speculative  # noqa: E402
+from auto import block_costs  # noqa: E402
 from dp_skip import select_layers, select_layers_plain  # noqa: E402
 from generate import BUNDLED, Text, choose_device, suggested_settings  # noqa: E402
 from model import KVCache, find_folder, load_model  # noqa: E402
 from packed import pack  # noqa: E402
-from speculative import autoregressive, as_row, candidate_layer, clasp, clock, optimize, prefill  # noqa: E402
+from speculative import Stats, autoregressive, as_row, candidate_layer, clasp, clock, optimize, prefill  # noqa: E402
 
 PROMPTS = [                    # written for this purpose; in no training text
     "Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night.",
@@ -151,15 +155,63 @@ def slice_(args, model, encode):
         print(f"| {budget} | " + " | ".join(f"{statistics.mean(cosine[name][budget]):.4f}" for name in cosine) + " |")
 
 
+def blocks(args, model, encode):
+    """Greedy; acceptance rate and tau when whole layers are left out and when blocks that take as much time are."""
+    costs, layers = block_costs(model), len(model.layers)
+    k = args.draft_length or suggested_settings(find_folder(args.model))["draft_length"]
+    print(f"attention to MLP: {costs[0]} to {costs[1]}; {args.prompts} prompts x {args.max_new_tokens} tokens, K {k}\n\n"
+          "| M | layers: accepted | tau | blocks: accepted | tau | attention blocks left out | MLP blocks |\n|---|---|---|---|---|---|---|")
+    for m in sorted({round(layers * share) for share in (.1, .2, .3, .4, .5, .6, .7, .8, .85, .9)}):
+        cells = []
+        for model.block_costs in (None, costs):
+            all = [Stats() for _ in range(args.prompts)]
+            for prompt, stats in zip(PROMPTS, all):
+                list(clasp(model, encode(prompt), args.max_new_tokens, skip_layers=m, draft_length=k, stats=stats))
+            new, cycles, drafted, accepted = (sum(getattr(s, n) for s in all) for n in ("new_tokens", "cycles", "drafted", "accepted"))
+            cells += [f"{accepted / drafted:.3f}", f"{new / cycles:.2f}"]
+        sets = [skipped for stats in all for _, skipped in stats.skip_sets]
+        cells += [f"{statistics.mean(sum(i % 2 == kind for i in s) for s in sets):.1f}" for kind in (0, 1)]
+        print(f"| {m} | {' | '.join(cells)} |", flush=True)
+
+
+def sweep(args, model, encode):
+    """The fastest fixed setting of each group of tasks by a full sweep, then that and ``auto`` interleaved, --repeat times."""
+    import bench
+    target = bench.Target(bench.arguments(["--model", args.model, *(["--dtype", args.dtype] if args.dtype else [])]))
+    options = bench.arguments(["--max-new-tokens", str(args.max_new_tokens), "--repeat", "1"])
+    questions, layers = bench.read_questions(options), target.layers
+    tuned, fresh = [q for q in questions if q[0].endswith("0")], [q for q in questions if not q[0].endswith("0")]
+    grid = {f"M {m}, threshold {x}, interval {n}": partial(target.clasp, skip_layers=m, exit_threshold=x, opt_interval=n)
+            for m in args.skip_layers or [round(layers * share) for share in (.5, .7, .8, .85, .9)]
+            for x in (0.0, 0.2, 0.4) for n in (16, 64)}
+    plain = {"autoregressive": autoregressive}
+    for temperature in args.temperatures:
+        seen = bench.interleave(target, options, plain | grid, bench.ask(target, options, tuned + fresh, {}), [temperature], {})
+        groups = list(dict.fromkeys(q[1] for q in questions))
+        best = {group: max(grid, key=lambda name: bench.summary(seen, name, temperature, group).speedup) for group in [*groups, None]}
+        methods = plain | {name: grid[name] for name in dict.fromkeys(best.values())} | {"clasp": target.clasp, "auto": target.auto()}
+        options.repeat = args.repeat
+        lines = bench.interleave(target, options, methods, bench.ask(target, options, fresh, {}), [temperature], {})
+        print(f"\ntemperature {temperature:g}\n\n| group | best of {len(grid)} fixed settings | its speedup | clasp's defaults | auto "
+              "| auto / best |\n|---|---|---|---|---|---|")
+        for group, name in best.items():
+            fixed, own, auto = (bench.summary(lines, method, temperature, group).speedup for method in (name, "clasp", "auto"))
+            print(f"| {group or 'overall'} | {name} | {fixed:.2f}x | {own:.2f}x | {auto:.2f}x | {auto / fixed:.3f} |", flush=True)
+        options.repeat = 1
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["equal", "dp", "slice"])
+    parser.add_argument("what", choices=["equal", "dp", "slice", "blocks", "sweep"])
     parser.add_argument("--model", default=str(BUNDLED))
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--draft-length", type=int)
+    parser.add_argument("--skip-layers", type=int, nargs="+")
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--positions", type=int, nargs="+", default=[20, 40, 60, 80])
     args = parser.parse_args()
     folder = find_folder(args.model)
@@ -167,7 +219,7 @@ def main():
     model = pack(load_model(folder, device, dtype))
     print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads",
           file=sys.stderr)
-    what = {"equal": equal, "dp": dp, "slice": slice_}[args.what]
+    what = {"equal": equal, "dp": dp, "slice": slice_, "blocks": blocks, "sweep": sweep}[args.what]
     what(args, model, lambda prompt: text.encode(prompt, chat=False))
 
 
