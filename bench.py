@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from tqdm import tqdm          # comes with huggingface-hub
 
 from auto import Auto
+from cuda_graphs import GraphedLlama
 from dp_skip import Selection, select_layers, select_layers_plain
 from exact import exact_width, full_pass
 from generate import BUNDLED, Parser, Text, choose_device, say, suggested_settings
@@ -105,7 +106,8 @@ class Target:
             self.stop = self.text.stop
         unread = 0 if self.model.head is None else self.model.embed.weight.nbytes
         self.bytes = sum(w.nbytes for w in self.model.parameters()) - unread          # of weights read for one token
-        self.layers, suggested = len(pack(self.model).layers), suggested_settings(folder)
+        self.model = GraphedLlama(pack(self.model)) if args.cuda_graphs else pack(self.model)
+        self.layers, suggested = len(self.model.layers), suggested_settings(folder)
         self.settings = {"skip_layers": self.layers // 2} | {
             name: source[name] for source in (suggested, vars(args)) for name in suggested if source[name] is not None}
         m = self.settings["skip_layers"]
@@ -267,8 +269,9 @@ def ask(target, args, questions, results: dict) -> list[Prompt]:
 
 def interleave(target, args, methods: dict, prompts: list[Prompt], temperatures, results: dict) -> list[dict]:
     """Every prompt by every method, in random order, --repeat times, after a warm-up: a line each, found or made."""
-    for method in methods.values():                                     # first passes are slow
-        target.run(method, target.encode(HELD_OUT[:1]), 16)
+    for method in methods.values():                                     # first passes are slow, and graphs are captured
+        warm = (prompts[0].tokens, args.max_new_tokens) if args.cuda_graphs else (target.encode(HELD_OUT[:1]), 16)
+        target.run(method, *warm)
     jobs = {(prompt.question, prompt.turn, temperature, repeat, name): prompt
             for temperature, prompt, repeat in itertools.product(temperatures, prompts, range(args.repeat))
             for name in random.Random(f"{prompt.question} {prompt.turn} {repeat}").sample(list(methods), len(methods))}
@@ -491,7 +494,8 @@ def sweeps(target, args, prompts):
              sorted({target.layers * share // 20 for share in shares} | {target.settings["skip_layers"]}), "linear"),
             ("4b_interval", "opt_interval", "optimisation interval (cycles)", [2 ** i for i in range(8)], "log"),
             ("4c_exit_threshold", "exit_threshold", "draft-exit threshold", [0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9], "linear")):
-        methods = {"autoregressive": autoregressive, "auto": target.auto()} | {value: partial(target.clasp, **{setting: value}) for value in values}
+        methods = {value: partial(target.clasp, **{setting: value}) for value in values}
+        methods |= {"autoregressive": autoregressive, "auto": target.auto()}
         lines = interleave(target, args, methods, prompts[:4], [0.0], {})
         auto = summary(lines, "auto").speedup
         rows = [{setting: value, "speedup of auto": auto, **vars(summary(lines, value))} for value in values]
@@ -552,6 +556,7 @@ def arguments(argv: list[str] | None):
             ("figures", Path, None, "draw the figures into this folder instead of the table")):
         parser.add_argument(f"--{name}", default=default, help=text if default is None else f"{text}; default: {default}",
                             **{"choices" if isinstance(kind, list) else "type": kind})
+    parser.add_argument("--cuda-graphs", action="store_true", help="through cuda_graphs.py (on a CPU: its work without recording)")
     return parser.parse_args(argv)
 
 

@@ -66,6 +66,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
              "padding of short drafts; default: yes, but no with --skip-layers auto")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on the CPU, bfloat16 elsewhere")
+    add("--cuda-graphs", action="store_true", help="replay layers from CUDA graphs; needs an NVIDIA GPU")
     add("--chat", action="store_true", help="wrap the prompt in the model's own chat template")
     add("--compare", action="store_true", help="also decode autoregressively: both speeds, same tokens?")
     add("--show-drafts", action="store_true", help="colour each token by who wrote it")
@@ -301,14 +302,19 @@ def as_json(args, model: Llama, prompt: list[int], text: str, stats: Stats, comp
 def run(args) -> int:
     prompt_text = read_prompt(args)
     device, dtype = choose_device(args.device, args.dtype)
+    require(device.type == "cuda" or not args.cuda_graphs, f"--cuda-graphs needs an NVIDIA GPU, and the device is {device}")
+    require(args.skip_unit == "layer" or not args.cuda_graphs, "--cuda-graphs skips whole layers, no blocks")
     folder = find_folder(args.model)
     text = Text(folder)
     prompt = text.encode(prompt_text, args.chat)
     model = pack(load_model(folder, device, dtype))
+    if args.cuda_graphs:
+        from cuda_graphs import GraphedLlama
+        model = GraphedLlama(model)
     decode, stats, comparison, written = decoder(args, folder, model, text.stop), Stats(), {}, ""
     if args.compare:                                           # first passes are slow and would be unfair
         for method in ("clasp", "autoregressive"):
-            list(decode(method, prompt, min(8, args.max_new_tokens), Stats()))
+            list(decode(method, prompt, args.max_new_tokens if args.cuda_graphs else min(8, args.max_new_tokens), Stats()))
 
     pieces, status = text.stream(prompt, decode(args.method, prompt, args.max_new_tokens, stats)), 0
     try:

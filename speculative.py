@@ -205,7 +205,8 @@ def optimize(model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=s
     is only read; the ``budget`` slots behind it are used, and left clean: masked as they are for the next pass,
     a NaN there, from a candidate that overflowed, would be one in every sum it is multiplied by 0 into.
     """
-    selection = select(candidate_layer(model, cache, budget), hidden, budget)
+    layer = getattr(model, "candidate_layer", partial(candidate_layer, model))(cache, budget)     # cuda_graphs.py has its own
+    selection = select(layer, hidden, budget)
     cache.slots[..., cache.length:cache.length + budget, :] = 0
     return selection
 
