@@ -167,7 +167,9 @@ class Auto:
     def optimize(self, model: Llama, cache: KVCache, hidden: Tensor, highest: int) -> Selection:
         """``speculative.optimize`` for every budget, or those around the last choice; returns the one set now chosen."""
         reach = max(2, self.layers // 8) * self.unit
-        low, high = (max(self.unit, self.budget - reach), min(highest, self.budget + reach)) if self.pays else (self.unit, highest)
+        low, high = self.unit, highest
+        if self.pays:
+            low, high = max(low, self.budget - reach), min(high, self.budget + reach)
         selection = optimize(model, cache, hidden, high, lambda layer, states, budget: select_layers(
             layer, states, budget, low, model.block_costs and self.unit_costs))
         before, self.since = self.sets.get(self.budget), 0

@@ -556,7 +556,7 @@ def arguments(argv: list[str] | None):
             ("figures", Path, None, "draw the figures into this folder instead of the table")):
         parser.add_argument(f"--{name}", default=default, help=text if default is None else f"{text}; default: {default}",
                             **{"choices" if isinstance(kind, list) else "type": kind})
-    parser.add_argument("--cuda-graphs", action="store_true", help="through cuda_graphs.py (on a CPU: its work without recording)")
+    parser.add_argument("--cuda-graphs", action="store_true", help="decode through cuda_graphs.py (a CPU records nothing)")
     return parser.parse_args(argv)
 
 

@@ -1,23 +1,21 @@
 """Which layers to skip: CLaSp's dynamic programme (arXiv 2505.24196, §3.4, Algorithm 1).
 
-After a verify pass we hold one token's hidden states h_0 (embedding) ... h_L (after the last layer). We look
-for the M layers whose omission moves the final state least: the set S, |S| = M, that maximises
-cos(h_L, state after running only the layers outside S). There are L-choose-M sets; the programme keeps one
-survivor for each number of layers seen, i, and of those skipped, j:
+After a verify pass we hold one token's hidden states h_0 (embedding) ... h_L (after the last layer). We look for the M
+layers whose omission moves the final state least: the set S, |S| = M, that maximises cos(h_L, state after running only
+the layers outside S). Of the L-choose-M sets one survives for each number of layers seen, i, and of those skipped, j:
 
     g(i, j) = the closer to h_i, by cosine, of   f_i(g(i-1, j))    run layer i
                                           and    g(i-1, j-1)       skip layer i
     g(i, 0) = h_i      nothing was skipped: the true state
     g(i, i) = h_0      everything was
 
-Keeping one survivor a cell makes it an approximation (§3.5): what is closest to h_i need not become closest
-to h_L. In return L layers and M budgets cost L*M layer calls, and the last column holds a set for *every*
-budget up to M. (The paper's Eq. 1 prints arg min where the arg max of the cosine is meant, and its pseudocode
-recovers the path by comparing vectors; here the choices are kept as bits.)
+Keeping one survivor a cell makes it an approximation (§3.5): what is closest to h_i need not become closest to h_L. In
+return L layers and M budgets cost L*M layer calls, and the last column holds a set for *every* budget up to M. (The
+paper's Eq. 1 prints arg min where the arg max of the cosine is meant, and its pseudocode recovers the path by comparing
+vectors; here the choices are kept as bits.)
 
-``select_layers_plain`` is that definition, cell by cell: read it first. ``select_layers`` is what decoding
-uses: the cells of one i do not depend on each other, so each layer runs once on all of them, packed as rows
-(§3.6). This file knows tensors and a callable, not what a LLaMA is.
+``select_layers_plain`` is that definition, cell by cell: read it first. ``select_layers`` is what decoding uses: each layer
+runs once on all cells of one i, packed as rows (§3.6). This file knows tensors and a callable, not what a LLaMA is.
 """
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -26,8 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# layer(i, rows): decoder layer i (from 0) on rows (m, dim), each a candidate state of the *same* token,
-# none of which may see another. Returns (m, dim).
+# layer(i, rows): decoder layer i (from 0) on rows (m, dim), each a candidate state of the *same* token, none of which may
+# see another. Returns (m, dim).
 Layer = Callable[[int, Tensor], Tensor]
 
 

@@ -2,9 +2,8 @@
 
     python generate.py --prompt "Once upon a time" --compare
 
-Text goes to standard output; the prompt's echo, statistics and progress go to standard error. What a user
-can get wrong ends in one line on standard error and exit status 2. This file knows text: arguments,
-tokenizers, chat templates, printing. Decoding is in speculative.py.
+Text goes to standard output; the prompt's echo, statistics and progress go to standard error. What a user can get wrong
+ends in one line there and exit status 2. This file knows arguments, tokenizers, chat templates, printing.
 """
 import argparse
 import itertools
@@ -38,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description="Write text with CLaSp: LLaMA drafts with some layers skipped, checks with all.", allow_abbrev=False)
+    parser = Parser(description="Write text with CLaSp: LLaMA drafts with some layers, checks with all.", allow_abbrev=False)
     add, text = parser.add_argument, parser.add_mutually_exclusive_group()
     by_model = "default: what the model's generation_config.json suggests, else"
     text.add_argument("--prompt", metavar="TEXT", default="Once upon a time, in a great forest, there lived an old witch",
@@ -54,13 +53,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--skip-layers", type=layers_or_auto, metavar="M|auto", help="layers the draft leaves out; auto: however many give the "
         f"most tokens per second, if any, and it sees to threshold and interval too; {by_model} half of them")
     add("--skip-unit", choices=["layer", "block"], default="layer",
-        help="leave out layers, or attention and MLP blocks, as many as take the time of M layers; default: %(default)s")
+        help="leave out layers, or attention and MLP blocks that take as much time as M layers; default: %(default)s")
     add("--costs", metavar="FILE", help="for auto: fixed times, so that a seed gives the same text again: a JSON object of "
         "numbers draft (with nothing skipped), plain, verify, optimize")
     add("--draft-length", type=int, metavar="K", help=f"most tokens drafted at once; {by_model} {DRAFT_LENGTH}")
     add("--draft-exit-threshold", type=float, metavar="X",
         help=f"stop drafting when the draft's top probability is lower; {by_model} {EXIT_THRESHOLD}")
-    add("--opt-interval", type=int, metavar="N", help=f"cycles between two choices of the skipped layers; {by_model} {OPT_INTERVAL}")
+    add("--opt-interval", type=int, metavar="N", help=f"cycles between choices of the layers; {by_model} {OPT_INTERVAL}")
     add("--exact", action=argparse.BooleanOptionalAction, default=None,
         help="verify in passes of one shape, so that greedy text is plain decoding's to the last bit; --no-exact saves the "
              "padding of short drafts; default: yes, but no with --skip-layers auto")
@@ -120,12 +119,9 @@ class Text:
         def refuse(message):
             raise jinja2.TemplateError(message)
 
-        def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = to_json
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False} | options)
         environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         try:
             if path.exists():
@@ -142,8 +138,8 @@ class Text:
     def stream(self, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
         """The text that each token adds, "" while a character is still in pieces.
 
-        A token's text depends on those before it (spaces, bytes of one character), so a few of them are
-        decoded with it and taken off again. (tokenizers' DecodeStream raises on some byte sequences.)
+        A token's text depends on those before it, so a few of them are decoded with it and taken off again.
+        (tokenizers' DecodeStream raises on some byte sequences.)
         """
         def decode(ids):
             return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -167,8 +163,7 @@ def read_prompt(args) -> str:
         prompt.encode()                                        # bytes that were no UTF-8 fail here
     except (OSError, UnicodeError) as error:
         raise SettingsError(f"cannot read the prompt: {error}") from None
-    if not prompt.strip():
-        raise SettingsError("the prompt is empty")
+    require(prompt.strip(), "the prompt is empty")
     return prompt
 
 
@@ -181,10 +176,9 @@ def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, to
     except RuntimeError:
         device = None
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if device is None or device.type not in counts:
-        raise SettingsError(f"unknown device {name!r}: use cpu, cuda, cuda:N or mps")
-    if (device.index or 0) >= counts[device.type]:
-        raise SettingsError(f"there is no device {name} here ({counts[device.type]} of type {device.type} found)")
+    require(device is not None and device.type in counts, f"unknown device {name!r}: use cpu, cuda, cuda:N or mps")
+    found = counts[device.type]
+    require((device.index or 0) < found, f"there is no device {name} here ({found} of type {device.type} found)")
     return device, getattr(torch, dtype or ("float32" if device.type == "cpu" else "bfloat16"))
 
 
@@ -194,15 +188,12 @@ def suggested_settings(folder: Path | None) -> dict:
     suggested = read_json(folder / "generation_config.json").get("clasp", {}) if folder else {}
     if not (isinstance(suggested, dict) and suggested.keys() <= settings.keys()
             and all(isinstance(value, int | float if name == "exit_threshold" else int) for name, value in suggested.items())):
-        raise ModelError(f"{folder / 'generation_config.json'}: clasp may give {', '.join(settings)} a (whole) number, nothing else")
+        raise ModelError(f"{folder / 'generation_config.json'}: clasp may give {', '.join(settings)} a (whole) number, no more")
     return settings | suggested
 
 
 def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., Iterator[int]]:
-    """decode(method, prompt, max_new_tokens, stats, cache), with everything else as the command line and the model say.
-
-    The method "same width" is plain decoding in passes as wide as clasp's.
-    """
+    """decode(method, prompt, max_new_tokens, stats, cache), with everything else as the command line and the model say."""
     common = dict(temperature=args.temperature, top_p=args.top_p, seed=args.seed, stop=stop)
     given = {"skip_layers": args.skip_layers, "draft_length": args.draft_length,
              "exit_threshold": args.draft_exit_threshold, "opt_interval": args.opt_interval}
@@ -230,10 +221,8 @@ def show(pieces: Iterator[str], stats: Stats, colour: bool):
     for piece in pieces:
         if colour and piece:
             piece = (DRAFTED if stats.from_draft[-1] else VERIFIED) + piece + PLAIN
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        print(piece, end="", flush=True)
+    print(flush=True)
 
 
 def say(line: str, end="\n"):

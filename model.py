@@ -4,14 +4,13 @@ Read top to bottom: the configuration, RoPE, one decoder layer, the KV cache, th
 how Hugging Face files become weights. Three things are here for CLaSp (arXiv 2505.24196):
 
 * ``forward(skip=...)`` leaves out decoder layers. The draft model *is* this model with a skip set.
-* ``KVCache.length`` is an integer. Everything at or past it is scratch, so rolling back a rejected draft
-  is one assignment, and the layer-selection DP may compute in the slots behind it.
-* A layer takes any rows, their RoPE angles, the cache slot where they start and a mask over the slots. A
-  draft step (1 row), a verify pass (K+1 rows, causal), the DP (M rows at *one* position that must not
-  see each other) and training (a batch, no cache) are the same code with another mask.
+* ``KVCache.length`` is an integer. Everything at or past it is scratch, so rolling back a rejected draft is one
+  assignment, and the layer-selection DP may compute in the slots behind it.
+* A layer takes any rows, their RoPE angles, the cache slot where they start and a mask over the slots. A draft step
+  (1 row), a verify pass (K+1 rows, causal), the DP (M rows at *one* position that must not see each other) and training
+  (a batch, no cache) are the same code with another mask.
 
-Shapes: ``batch`` is 1 except in training; ``rows`` are tokens, or the DP's candidates; ``slots`` are the
-places of the KV cache.
+Shapes: ``batch`` is 1 except in training; ``rows`` are tokens, or the DP's candidates; ``slots`` the places of the cache.
 """
 import json
 from dataclasses import dataclass
@@ -52,8 +51,8 @@ class Config:
 def inverse_frequencies(config: Config) -> Tensor:
     """RoPE's angle per position for each pair of dimensions: float32 (head_dim / 2,).
 
-    With ``rope_scaling`` the LLaMA-3.1 rule: wavelengths longer than the old context are slowed by
-    ``factor``, short ones stay, and those between are blended.
+    With ``rope_scaling`` LLaMA 3.1's rule: wavelengths longer than the old context are slowed by ``factor``, short ones
+    stay, and those between are blended.
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / config.rope_theta ** exponent
@@ -107,8 +106,7 @@ class RMSNorm(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention and a SwiGLU feed-forward block, each behind an RMSNorm and a residual connection.
 
-    q, k, v are one matrix and so are gate and up: decoding one row is bound by launching kernels and
-    reading weights, and two large products are cheaper than five small ones.
+    q, k, v are one matrix and so are gate and up: two large products are cheaper than five small ones.
     """
     attend = staticmethod(attention)
 
@@ -127,9 +125,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, store=None) -> Tensor:
         """x (batch, rows, hidden) -> the same shape.
 
-        cos, sin (rows, head_dim): RoPE at each row's position. ``store(k, v)`` puts the rows' keys and
-        values into the cache and returns those of all slots; without it the rows are all there is.
-        mask (rows, slots): which of them a row sees, see ``attention``.
+        cos, sin (rows, head_dim): RoPE at each row's position. ``store(k, v)`` puts the rows' keys and values into the
+        cache and returns those of all slots; without it the rows are all there is. mask (rows, slots): see ``attention``.
         """
         return self.mlp_block(self.attention_block(x, cos, sin, mask, store))
 
@@ -148,13 +145,11 @@ class DecoderLayer(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for a whole generation.
+    """Keys and values of every layer, allocated once for a whole generation, and the RoPE angles of all positions.
 
     ``length`` tokens are valid; what lies behind them is scratch. Rolling back is ``cache.length = n``.
-    The RoPE angles of all positions live here too, since the capacity bounds them.
-
-    There are slots for ``tokens``, in whole blocks, and for scratch rows behind them: one for each layer (the
-    DP's), or ``rows`` (a pass) if that is more. A slot takes 2 * layers * kv_heads * head_dim numbers.
+    There are slots for ``tokens``, in whole blocks, and for scratch rows behind them: one for each layer (the DP's), or
+    ``rows`` (a pass) if that is more. A slot takes 2 * layers * kv_heads * head_dim numbers.
     """
 
     def __init__(self, model: "Llama", tokens: int, rows: int = 1):
@@ -200,10 +195,9 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, cache: KVCache | None = None, skip=(), slots: int | None = None) -> list[Tensor]:
         """tokens (batch, rows) -> hidden states h_0 .. h_L, each (batch, rows, hidden); see ``logits``.
 
-        With a cache (batch 1) the rows continue it: they take the slots and positions from cache.length
-        on, and move it forward. Attention reads ``slots`` slots, those past a row masked; by default just
-        the filled ones. Layers (``parts``) whose index is in ``skip`` are left out; their slots of the cache keep what
-        they held, and the hidden state after them is the one before.
+        With a cache (batch 1) the rows continue it: they take the slots and positions from cache.length on, and move it
+        forward. Attention reads ``slots`` slots, those past a row masked; by default just the filled ones. Layers
+        (``parts``) whose index is in ``skip`` are left out; their slots keep what they held, and the state stays.
         """
         rows, x = tokens.shape[1], self.embed(tokens)
         if cache is None:
@@ -232,10 +226,7 @@ class Llama(nn.Module):
 # ---------------------------------------------------------------------------- Hugging Face folders
 
 def find_folder(name: str) -> Path:
-    """A folder as it is; a Hugging Face repo id ("owner/name") is downloaded, or found in its cache.
-
-    Raises ModelError, saying what to do, when there is no such folder, repo, permission or network.
-    """
+    """A folder as it is; a Hugging Face repo id ("owner/name") is downloaded, or found in its cache. Else ModelError."""
     try:
         folder = Path(name).expanduser()
         if folder.is_dir():
@@ -252,11 +243,9 @@ def find_folder(name: str) -> Path:
     except ModelError:
         raise
     except errors.GatedRepoError:
-        raise ModelError(f"{name} is gated: accept its licence on its page at huggingface.co, "
-                         "then log in with `hf auth login`") from None
+        raise ModelError(f"{name} is gated: accept its licence at huggingface.co, then log in with `hf auth login`") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise ModelError(f"{name} is neither a folder here nor a model on huggingface.co "
-                         "(if it is private, log in with `hf auth login`)") from None
+        raise ModelError(f"{name} is neither a folder nor a model on huggingface.co (if private: `hf auth login`)") from None
     except Exception as error:                                 # its network layers raise many unrelated types
         raise ModelError(f"{name} is not a folder here and could not be downloaded ({type(error).__name__}): check "
                          "the network and HF_HUB_OFFLINE, or pass a folder") from None
@@ -333,9 +322,8 @@ def named_weights(model: Llama) -> dict[str, Tensor]:
 def load_model(folder: Path, device="cpu", dtype=torch.float32) -> Llama:
     """The model of a Hugging Face folder, on a device and in a dtype, ready for inference.
 
-    Tensors are read from the memory-mapped files one by one into their place, so the weights are never
-    held twice. Raises ModelError for a missing, damaged or unsupported config.json or weight file, and
-    if a tensor is missing, unknown or of another shape than config.json implies.
+    Tensors are read from the memory-mapped files one by one, so the weights are never held twice. Raises ModelError for a
+    missing, damaged or unsupported config.json or weight file, and for missing, unknown and wrongly shaped tensors.
     """
     with torch.device("meta"):
         model = Llama(read_config(folder)).to(dtype)

@@ -1,7 +1,6 @@
 """CLaSp decoding (arXiv 2505.24196, §3.1): a model drafts with some of its layers, then checks with all.
 
-One cycle, seen from a *pending* token t: it is part of the text, but its keys and values are not in the
-cache yet, so it stands at position n = cache.length.
+One cycle, seen from a *pending* token t, part of the text, but not yet in the cache: its position is n = cache.length.
 
     draft      feed t, d1, d2 ... one row each through the layers not skipped: k <= K tokens
     verify     feed t, d1 .. dk as rows n .. n+k through every layer; it overwrites what the draft cached
@@ -9,10 +8,8 @@ cache yet, so it stands at position n = cache.length.
     roll back  cache.length = n + accepted + 1: an integer, nothing is copied
     optimise   every few cycles, and after the prefill: the DP on the states of the last row accepted
 
-Read ``clasp`` first, then what it calls in that order. ``autoregressive`` is the plain decoding that it must
-agree with and is timed against. Both are generators: they yield token ids and keep ``Stats`` up to date.
-
-Exact to the last bit: every verify pass has one shape, see exact.py.
+Read ``clasp`` first, then what it calls in that order. ``autoregressive`` is the plain decoding that it must agree with
+(to the last bit, see exact.py) and is timed against. Both are generators: they yield token ids and keep ``Stats``.
 """
 import math
 import time
@@ -35,12 +32,9 @@ OPT_INTERVAL = 32
 
 @dataclass
 class Stats:
-    """What decoding did. Seconds are the decoder's own: what the caller does between tokens is not in them.
-
-    ``seconds`` is all but the prefill: draft, verify and optimise.
-    """
+    """What decoding did. Seconds are the decoder's own: what the caller does between tokens is not in them."""
     prefill_seconds: float = 0.0
-    seconds: float = 0.0
+    seconds: float = 0.0               # all but the prefill: draft, verify and optimise
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     optimize_seconds: float = 0.0
@@ -75,23 +69,24 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
           draft_length: int = DRAFT_LENGTH, exit_threshold: float = EXIT_THRESHOLD, opt_interval: int = OPT_INTERVAL,
           exact: bool = True, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
           stats: Stats | None = None, cache: KVCache | None = None, optimizer: Callable | None = None,
-          drafter: Callable | None = None, auto: "Auto | None" = None) -> Iterator[int]:
+          drafter: Callable | None = None, auto=None) -> Iterator[int]:
     """Yield up to max_new_tokens tokens, distributed exactly as the whole model's own.
 
-    prompt: at least one token id. skip_layers M: layers left out of the draft, default half of them.
-    draft_length K: most tokens drafted per cycle. exit_threshold: a draft ends after a token at which the
-    draft model's top probability (before temperature and top-p) was lower (§5.3.3). opt_interval: cycles
-    between optimisations (§3.7). exact: verify in passes of one shape, bit for bit what plain decoding in that
-    shape computes; False saves the padding of short drafts, and greedy text may part where two tokens tie but
-    for rounding. temperature 0 is greedy. Decoding ends after a token in ``stop``.
-    cache: may hold the prompt's first cache.length tokens, and must have ``exact_width`` scratch rows. At every
-    yield it holds all tokens so far but the last, so a caller may stop anywhere and go on with it.
-    optimizer, drafter: others in place of ``optimize`` and ``draft``, called as they are. The output stays the
-    whole model's whatever they do, as long as a draft's distributions are those its tokens were drawn from.
-    auto: decides in place of skip_layers, exit_threshold and opt_interval how much to skip, draft and optimise
-    (auto.py); draft_length is then the most it may draft.
-    Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens
-    do not fit the context or the cache; ModelError if the model computes something that is no number.
+    prompt: at least one token id. skip_layers M: layers left out of the draft, default half of them. draft_length K:
+    most tokens drafted per cycle. exit_threshold: a draft ends after a token at which the draft model's top
+    probability (before temperature and top-p) was lower (§5.3.3). opt_interval: cycles between optimisations (§3.7).
+    exact: verify in passes of one shape, bit for bit what plain decoding in that shape computes; False saves the
+    padding of short drafts, and greedy text may part where two tokens tie but for rounding. temperature 0 is greedy.
+    Decoding ends after a token in ``stop``.
+    cache: may hold the prompt's first cache.length tokens, and must have scratch rows for a pass (``exact_width``)
+    and the programme. At every yield it holds all tokens so far but the last, so a caller may stop anywhere and go on
+    with it.
+    optimizer, drafter: others in place of ``optimize`` and ``draft``, called as they are. The output stays the whole
+    model's whatever they do, as long as a draft's distributions are those its tokens were drawn from.
+    auto: an ``Auto`` (auto.py), which decides in place of skip_layers, exit_threshold and opt_interval; it drafts K
+    at most.
+    Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens do not
+    fit the context or the cache; ModelError if the model computes something that is no number.
     """
     layers = len(model.layers)
     skip_layers = layers - 1 if auto else layers // 2 if skip_layers is None else skip_layers
