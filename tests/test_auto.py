@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto import KINDS, SLOPE, TRIAL, Auto, Costs, Ratio, block_costs
@@ -24,6 +24,7 @@ def agreeable(**more):
     return random_model(residual=0.01, **more)
 
 
+@settings(max_examples=settings().max_examples // 3)
 @given(st.sampled_from([0.01, 0.3, 1.0]), st.sampled_from([None, (1, 1), (1, 3)]), st.fixed_dictionaries(
     {kind: st.floats(0.1, 4) for kind in KINDS}), st.integers(1, 6), st.integers(1, 60), st.integers(1, 8))
 def test_greedy_text_is_plain_decodings_bit_for_bit(residual, blocks, costs, draft_length, count, length):
