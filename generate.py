@@ -61,8 +61,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"stop drafting when the draft's top probability is lower; {by_model} {EXIT_THRESHOLD}")
     add("--opt-interval", type=int, metavar="N", help=f"cycles between choices of the layers; {by_model} {OPT_INTERVAL}")
     add("--exact", action=argparse.BooleanOptionalAction, default=None,
-        help="verify in passes of one shape, so that greedy text is plain decoding's to the last bit; --no-exact saves the "
-             "padding of short drafts; default: yes, but no with --skip-layers auto")
+        help="all passes in one shape, so that greedy text is plain decoding's to the last bit; --no-exact saves the padding; "
+             "default: yes, but with --skip-layers auto in 16 bits only")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on the CPU, bfloat16 elsewhere")
     add("--cuda-graphs", action="store_true", help="replay layers from CUDA graphs; needs an NVIDIA GPU")
@@ -198,11 +198,11 @@ def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., I
     given = {"skip_layers": args.skip_layers, "draft_length": args.draft_length,
              "exit_threshold": args.draft_exit_threshold, "opt_interval": args.opt_interval}
     settings = suggested_settings(folder) | {name: value for name, value in given.items() if value is not None}
-    settings["exact"] = settings["skip_layers"] != "auto" if args.exact is None else args.exact
-    costs = read_costs(args.costs) if args.costs else None
+    auto, costs = settings["skip_layers"] == "auto", read_costs(args.costs) if args.costs else None
+    settings["exact"] = not (auto and model.embed.weight.dtype == torch.float32) if args.exact is None else args.exact
     if args.skip_unit == "block":
         model.block_costs = block_costs(model, costs is None)
-    if settings["skip_layers"] == "auto":
+    if auto:
         require(args.draft_exit_threshold is None and args.opt_interval is None,
                 "--skip-layers auto chooses the exit threshold and the interval too: leave them out")
         settings = {"draft_length": settings["draft_length"], "exact": settings["exact"], "auto": Auto(model, costs)}
