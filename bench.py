@@ -207,7 +207,7 @@ def prompt_lookup(target, model, prompt, count, *, stats, temperature=0.0, **com
 def methods_of(target, names: list[str], seed: int) -> dict:
     """The methods of these names, and plain decoding first; what must be searched beforehand is."""
     layers, budget = target.layers, target.settings["skip_layers"]
-    make = {"autoregressive": lambda: autoregressive, "clasp": lambda: target.clasp, "auto": target.auto,
+    make = {"autoregressive": lambda: autoregressive, "clasp": lambda: target.clasp, "auto": lambda: target.auto(),
             "swift": lambda: Swift(target, seed, 200),
             "self-sd": lambda: target.fixed(self_sd(target, seed).best), "prompt-lookup": lambda: partial(prompt_lookup, target),
             "even": lambda: target.fixed([int((i + 0.5) * layers / budget) for i in range(budget)]),
