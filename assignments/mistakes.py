@@ -382,22 +382,22 @@ def accept_sampled(wrong):
 # ---------------------------------------------------------------------------- problem 6
 
 @solves("speculative.draft", "cache.length not put back", "the token below the threshold dropped", "confidence of the token drawn",
-        "the same token fed again", "threshold after one token more", "stop ignored", "a tensor looked up in stop", "drafted by the whole model", "one token too many")
+        "the same token fed again", "go_on heeded one token later", "go_on asked of the logit", "go_on not asked", "stop ignored", "a tensor looked up in stop", "drafted by the whole model", "one token too many")
 def draft(wrong):
-    def draft(model, cache, token, skip, length, exit_threshold, choose, stop):
+    def draft(model, cache, token, skip, length, go_on, choose, stop):
         n, tokens, q, fed, sure = cache.length, [], [], token, True
         for _ in range(length + (wrong == "one token too many")):
             states = model(speculative.as_row(model, [fed]), cache, () if wrong == "drafted by the whole model" else skip)
             row = model.logits(states[-1])[0, -1]
             drawn, distribution = choose(row)
-            confidence, was_sure = row.softmax(-1)[drawn if wrong == "confidence of the token drawn" else row.argmax()], sure
-            sure = confidence >= exit_threshold
+            view, was_sure = row if wrong == "go_on asked of the logit" else row.softmax(-1), sure
+            sure = wrong == "go_on not asked" or go_on(view[drawn if wrong == "confidence of the token drawn" else row.argmax()].item())
             if not sure and wrong == "the token below the threshold dropped":
                 break
             tokens.append(int(drawn))
             q.append(distribution)
             last = drawn if wrong == "a tensor looked up in stop" else int(drawn)
-            if not (was_sure if wrong == "threshold after one token more" else sure) or last in stop and wrong != "stop ignored":
+            if not (was_sure if wrong == "go_on heeded one token later" else sure) or last in stop and wrong != "stop ignored":
                 break
             if wrong != "the same token fed again":
                 fed = drawn
@@ -411,13 +411,19 @@ def draft(wrong):
         "DP on the last drafted row", "DP on the row before", "DP on the draft's row 0", "interval counted in tokens", "DP in every cycle",
         "DP only after the prefill", "drafts past the end", "no token of the verifier's own", "stop ignored", "logits for probabilities",
         "the set of a smaller budget", "rows as many as drafted", "a cycle across two blocks", "counts the bonus as accepted",
-        "a draft by no choice of layers", "greedy rule when sampling")
+        "a draft by no choice of layers", "greedy rule when sampling", "the threshold itself handed on", "drafts on while unsure",
+        "ends at the threshold itself", "threshold ignored")
 def clasp(wrong):
+    def go_on(threshold, confidence):
+        if wrong == "drafts on while unsure":
+            return confidence < threshold
+        return confidence > threshold if wrong == "ends at the threshold itself" else confidence >= threshold or wrong == "threshold ignored"
+
     def clasp(model, prompt, max_new_tokens, *, skip_layers=None, draft_length=4, exit_threshold=0., opt_interval=16, exact=True,
               temperature=0., top_p=1., seed=0, stop=(), stats=None, cache=None, optimizer=None, drafter=None):
         s = speculative
         budget = len(model.layers) // 2 if skip_layers is None else skip_layers
-        stats, rng = stats or s.Stats(), s.generator(model, seed)
+        stats, rng = stats or s.Stats(), torch.Generator().manual_seed(seed)
         s.require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
         width = s.exact_width(model, draft_length + 1) if exact else None
         cache = cache or model_module.KVCache(model, len(prompt) + max_new_tokens, width or draft_length + 1)
@@ -433,7 +439,8 @@ def clasp(wrong):
                 length = draft_length if wrong == "drafts past the end" else min(draft_length, max_new_tokens - stats.new_tokens - 1)
                 if exact and wrong != "a cycle across two blocks":
                     length = min(length, s.BLOCK - 1 - n % s.BLOCK)
-                drafted, q = (drafter or s.draft)(model, cache, text[-1], skip or (), length, exit_threshold,
+                drafted, q = (drafter or s.draft)(model, cache, text[-1], skip or (), length,
+                                                  exit_threshold if wrong == "the threshold itself handed on" else functools.partial(go_on, exit_threshold),
                                                   functools.partial(s.pick, temperature=temperature, top_p=top_p, rng=rng), stop)
             states, logits = s.full_pass(model, cache, [text[-1], *drafted], None if wrong == "rows as many as drafted" else width)
             if temperature == 0 or wrong == "greedy rule when sampling":

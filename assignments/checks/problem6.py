@@ -83,14 +83,19 @@ def expected_draft(text: list[int], skip, length: int) -> list[int]:
 
 
 def run_draft(text: list[int], skip, length: int, *, threshold=0., choose=greedy, stop=()):
-    """The student's draft on a double whose cache holds ``text`` but for its last token."""
+    """The student's draft on a double whose cache holds ``text`` but for its last token; ``asked``: what go_on was given."""
     from speculative import draft
-    llama = double()
+    llama, asked = double(), []
+
+    def go_on(confidence):
+        asked.append(float(confidence))
+        return asked[-1] >= threshold
+
     cache = cache_of(llama, text[:-1])
-    example = f"cache holds {text[:-1]}, token {text[-1]}, skip = {show(frozenset(skip))}, length {length}" + f", threshold {threshold:.4f}" * (threshold > 0)
-    tokens, q = parts(draft(llama, cache, text[-1], frozenset(skip), length, threshold, choose, stop), "draft",
+    example = f"cache holds {text[:-1]}, token {text[-1]}, skip = {show(frozenset(skip))}, length {length}" + f", a go_on that wants {threshold:.4f}" * (threshold > 0)
+    tokens, q = parts(draft(llama, cache, text[-1], frozenset(skip), length, go_on, choose, stop), "draft",
                       "drafted tokens, their distributions", example)
-    return SimpleNamespace(tokens=tokens, q=q, passes=llama.passes, length=cache.length, example=example)
+    return SimpleNamespace(tokens=tokens, q=q, passes=llama.passes, length=cache.length, asked=asked, example=example)
 
 
 @check(2, "The draft")
@@ -118,14 +123,16 @@ def exits():
     sure = [torch.tensor(state((*text, *tokens[:i]), skip)).softmax(-1).max().item() for i in range(4)]
     for threshold in [confidence * factor for confidence in sure for factor in (.999, 1.001)]:
         kept = next((i + 1 for i, confidence in enumerate(sure) if confidence < threshold), 4)
-        equal(run_draft(text, skip, 4, threshold=threshold).tokens, tokens[:kept], "A draft ends *after* the first token at which the draft "
-              "model's top probability lies below exit_threshold, and keeps that token", f"threshold {threshold:.4f}, top probabilities "
-              f"{show([round(c, 4) for c in sure])}, tokens")
+        ran = run_draft(text, skip, 4, threshold=threshold)
+        asked = ran.asked[:len(sure)]
+        close(torch.tensor(asked), sure[:len(asked)], "go_on is asked once at each token drawn, about the draft model's top probability there",
+              f"top probabilities {show([round(c, 4) for c in sure])}", ("token",))
+        equal(ran.tokens, tokens[:kept], "A draft ends *after* the first token at which go_on(top probability) is false, and keeps that token",
+              f"a go_on that wants {threshold:.4f}, top probabilities {show([round(c, 4) for c in sure])}, tokens")
     threshold = sure[0] * .999
-    unlikely = run_draft(text, skip, 4, threshold=threshold, choose=lambda logits: (logits.argmin(), None)).tokens
-    if len(unlikely) == 1:
-        raise Wrong("The confidence is the top probability, not that of the token drawn", f"top probability {sure[0]:.4f}, threshold "
-                    f"{threshold:.4f}, and an unlikely token drawn: expected a draft that goes on, got one that ends there")
+    asked = run_draft(text, skip, 4, threshold=threshold, choose=lambda logits: (logits.argmin(), None)).asked
+    close(torch.tensor(asked[:1]), sure[:1], "The confidence is the top probability, not that of the token drawn",
+          f"top probability {sure[0]:.4f}, an unlikely token drawn: what go_on was asked", (None,))
     equal(run_draft(text, skip, 4, stop={tokens[1]}).tokens, tokens[:tokens.index(tokens[1]) + 1], "A draft ends after a token in stop",
           f"stop {{{tokens[1]}}}, tokens")
 
@@ -157,8 +164,8 @@ def play(prompt, count, script, *, drafts=None, **settings):
         seen.judged.append((list(drafted), list(q), p))
         return judge(drafted)
 
-    def drafter(model, cache, token, skip, length, exit_threshold, choose, stop):
-        seen.asked.append(SimpleNamespace(at=cache.length, token=token, skip=skip, length=length, threshold=exit_threshold, stop=stop))
+    def drafter(model, cache, token, skip, length, go_on, choose, stop):
+        seen.asked.append(SimpleNamespace(at=cache.length, token=token, skip=skip, length=length, go_on=go_on, stop=stop))
         tokens = [chance.randrange(VOCABULARY) for _ in range(min(length, drafts) if drafts is not None else length)]
         for x in cache.keys + cache.values:                    # what a draft leaves behind is scratch
             x[:, :, cache.length:cache.length + length] = 6.
@@ -241,8 +248,11 @@ def drafted():
         left = 12 - (ask.at - 2)
         equal(ask.length, min(3, left - 1), "A draft is at most K tokens, and one fewer than are left to write, since the verifier "
               "adds one of its own", f"{example}, {left} tokens left: length")
-        equal((ask.threshold, set(ask.stop)), (0.5, {99}), "The exit threshold and the stop tokens are handed on to draft",
-              f"{example}: threshold and stop")
+        if not callable(ask.go_on):
+            raise Wrong("draft is given a function go_on that tells from a confidence whether to draw another token", f"{example}: got {show(ask.go_on)}")
+        equal([bool(ask.go_on(confidence)) for confidence in (.499, .5, .501)], [False, True, True], "go_on(confidence) is true unless the "
+              "confidence is below exit_threshold", f"{example}, exit_threshold 0.5: go_on at 0.499, 0.5 and 0.501")
+        equal(set(ask.stop), {99}, "The stop tokens are handed on to draft", f"{example}: stop")
     for prompt, expected in (([1, 2, 3], 0), ([1], 1)):
         seen = play(prompt, 12, [0, 0, 0])
         equal(seen.asked[0].at - len(prompt) + 1 if seen.asked else None, expected, "There is a draft in every cycle once layers are chosen: "
