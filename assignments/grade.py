@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 PROBLEMS = {
     1: Problem("RMSNorm, RoPE and cached grouped-query attention",
                ["model.RMSNorm.forward", "model.rope_table", "model.rotate", "model.KVCache.put", "model.attention",
-                "model.DecoderLayer.forward"]),
+                "model.DecoderLayer.attention_block", "model.DecoderLayer.mlp_block"]),
     2: Problem("A decoder that skips layers", ["model.Llama.forward", "model.Llama.logits"]),
     3: Problem("The dynamic programme, cell by cell",
                ["dp_skip.distances", "dp_skip.walk_back", "dp_skip.select_layers_plain"]),

@@ -119,13 +119,12 @@ def attention(wrong):
     return attention
 
 
-@solves("model.DecoderLayer.forward", "keys before queries in qkv", "keys cached before rotation", "values rotated", "query not rotated",
-        "mask not handed on", "what store returns not used", "SiLU on up", "no residual around attention",
-        "feed-forward block beside attention", "norm on the residual too")
-def decoder_layer(wrong):
-    def forward(self, x, cos, sin, mask=None, store=None):
+@solves("model.DecoderLayer.attention_block", "keys before queries in qkv", "keys cached before rotation", "values rotated", "query not rotated",
+        "mask not handed on", "what store returns not used", "no residual around attention", "norm on the residual too", "no norm")
+def attention_block(wrong):
+    def block(self, x, cos, sin, mask=None, store=None):
         h, kv, d = self.heads, self.kv_heads, self.head_dim
-        normed = self.attention_norm(x)
+        normed = x if wrong == "no norm" else self.attention_norm(x)
         if wrong == "norm on the residual too":
             x = normed
         if wrong == "keys before queries in qkv":
@@ -144,12 +143,22 @@ def decoder_layer(wrong):
             k, v = (k, v) if wrong == "what store returns not used" else kept
         seen = self.attend(q, k, v, None if wrong == "mask not handed on" else mask)
         heads = self.o(seen.permute(0, 2, 1, 3).reshape(*x.shape[:2], -1))
-        before, x = x, heads if wrong == "no residual around attention" else x + heads
-        gate, up = self.gate_up(self.mlp_norm(before if wrong == "feed-forward block beside attention" else x)).chunk(2, -1)
+        return heads if wrong == "no residual around attention" else x + heads
+    return block
+
+
+@solves("model.DecoderLayer.mlp_block", "SiLU on up", "gate and up interleaved", "no residual around the MLP", "norm on the residual too",
+        "no norm", "the attention's norm", "sigmoid in place of SiLU")
+def mlp_block(wrong):
+    def block(self, x, *_):
+        normed = {"no norm": x, "the attention's norm": self.attention_norm(x)}.get(wrong, self.mlp_norm(x))
+        both = self.gate_up(normed)
+        gate, up = (both[..., ::2], both[..., 1::2]) if wrong == "gate and up interleaved" else both.tensor_split(2, dim=-1)
         if wrong == "SiLU on up":
             gate, up = up, gate
-        return x + self.down(gate * gate.sigmoid() * up)
-    return forward
+        inner = self.down(gate.sigmoid() * up * (1 if wrong == "sigmoid in place of SiLU" else gate))
+        return {"no residual around the MLP": 0, "norm on the residual too": normed}.get(wrong, x) + inner
+    return block
 
 
 # ---------------------------------------------------------------------------- problem 2
@@ -382,7 +391,8 @@ def accept_sampled(wrong):
 # ---------------------------------------------------------------------------- problem 6
 
 @solves("speculative.draft", "cache.length not put back", "the token below the threshold dropped", "confidence of the token drawn",
-        "the same token fed again", "go_on heeded one token later", "go_on asked of the logit", "go_on not asked", "stop ignored", "a tensor looked up in stop", "drafted by the whole model", "one token too many")
+        "the same token fed again", "go_on heeded one token later", "go_on asked of the logit", "go_on not asked", "stop ignored",
+        "a tensor looked up in stop", "drafted by the whole model", "one token too many")
 def draft(wrong):
     def draft(model, cache, token, skip, length, go_on, choose, stop):
         n, tokens, q, fed, sure = cache.length, [], [], token, True
@@ -439,8 +449,8 @@ def clasp(wrong):
                 length = draft_length if wrong == "drafts past the end" else min(draft_length, max_new_tokens - stats.new_tokens - 1)
                 if exact and wrong != "a cycle across two blocks":
                     length = min(length, s.BLOCK - 1 - n % s.BLOCK)
-                drafted, q = (drafter or s.draft)(model, cache, text[-1], skip or (), length,
-                                                  exit_threshold if wrong == "the threshold itself handed on" else functools.partial(go_on, exit_threshold),
+                asked = exit_threshold if wrong == "the threshold itself handed on" else functools.partial(go_on, exit_threshold)
+                drafted, q = (drafter or s.draft)(model, cache, text[-1], skip or (), length, asked,
                                                   functools.partial(s.pick, temperature=temperature, top_p=top_p, rng=rng), stop)
             states, logits = s.full_pass(model, cache, [text[-1], *drafted], None if wrong == "rows as many as drafted" else width)
             if temperature == 0 or wrong == "greedy rule when sampling":

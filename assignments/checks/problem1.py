@@ -103,9 +103,10 @@ def bare_layer(norm=1., mlp_norm=1.):
     return layer, lambda n: (torch.ones(n, 2), torch.zeros(n, 2))
 
 
-def run(layer, *args, **named):
+def run(layer, *args):
+    """The student's attention block."""
     with mock.patch("model.rotate", quarter_turn):
-        return layer(*args, **named)
+        return layer.attention_block(*args)
 
 
 @check(3, "Attention alone")
@@ -128,8 +129,12 @@ def attends():
           "the softmax goes over the slots", "query (2, 0), keys (1, 0) and (0, 0) with values 1 and 0, head_dim 2: the weight of the first", (None,))
 
 
-@check(2, "The layer's heads, and its mask")
-def layer_attends():
+@check(2, "The attention block: residual, heads and mask")
+def block_attends():
+    layer, angles = bare_layer(norm=2.)
+    x = torch.tensor([[[1., 3, 0, 0, 0, 0, 0, 0]]])
+    close(run(layer, x, *angles(1)), x, "The block adds to x what attention makes of the normed x; x itself is not normed",
+          "a norm that doubles, attention making 0; x = (1, 3, 0 ...)", (None, "row", "dimension"))
     layer, angles = bare_layer()
     layer.qkv.weight.data[12:] = torch.eye(8)[:4]              # values: head 0 is (x0, x1), head 1 (x2, x3); scores all 0
     layer.o.weight.data = torch.eye(8)
@@ -139,7 +144,7 @@ def layer_attends():
           "attention adds to x (1, 1, 8)", (None, "row", "dimension"))
     slots = torch.tensor([2., 4., 8., 12.]).reshape(1, 1, 4, 1).expand(1, 2, 4, 2)
     mask, x = torch.tensor([[0., -torch.inf, 0., -torch.inf], [-torch.inf, 0., 0., 0.]]), torch.zeros(1, 2, 8)
-    close(run(layer, x, *angles(2), mask, lambda k, v: (slots, slots))[0, :, 0], [5., 8.], "The layer attends to what store returns, under the "
+    close(run(layer, x, *angles(2), mask, lambda k, v: (slots, slots))[0, :, 0], [5., 8.], "The block attends to what store returns, under the "
           "mask it is given", "scores all equal, 2 rows, 4 slots with values 2, 4, 8, 12, row 0 may see slots 0 and 2, row 1 slots 1, 2 "
           "and 3", ("row",))
 
@@ -162,7 +167,7 @@ def attention_scores():
     close((run(layer, x, *angles(1), None, store) - x)[0, 0, :1], [.804422], "What is added to x is what the query of the normed x reads "
           "from the keys and values that store returns", "normed query (2, 0), keys (1, 0) and (0, 0) with values 1 and 0, head_dim 2: the weight of the "
           "first", (None,))
-    equal(len(calls), 1, "store is called once in a layer", "1 row: number of calls")
+    equal(len(calls), 1, "store is called once in a block", "1 row: number of calls")
     x, calls[:] = torch.tensor([[[2., 4, 0, 0, 0, 0, 0, 0], [2., 4, 0, 0, 0, 0, 0, 0]]]), []
     cos, sin = torch.tensor([[1., 1.], [0., 0.]]), torch.tensor([[0., 0.], [-1., 1.]])
     keys[0, 0, 0] = torch.tensor([-2., 1.])
@@ -177,24 +182,21 @@ def attention_scores():
           "by a quarter to (-2, 1), cached keys (-2, 1) and (0, 0): the first one's weight", ("row",))
 
 
-@check(2, "Residual connections and the feed-forward block")
+@check(2, "The feed-forward block")
 def feed_forward():
-    layer, angles = bare_layer()
-    x = torch.tensor([[[1., 3, 0, 0, 0, 0, 0, 0]]])
+    layer, _ = bare_layer()
+    x = torch.tensor([[[2., 3, 0, 0, 0, 0, 0, 0]]])
     layer.gate_up.weight.data[0, 0] = 1                        # gate of unit 0: x0
     layer.gate_up.weight.data[3, 1] = 1                        # its up: x1
     layer.down.weight.data[2, 0] = 1                           # into dimension 2
-    close(run(layer, x, *angles(1)), [[[1., 3, 2.193176, 0, 0, 0, 0, 0]]], "The block adds down(silu(gate) * up) to x, gate being "
-          "the first half of gate_up", "attention adds 0; x = (1, 3, 0 ...), gate 1, up 3", (None, "row", "dimension"))
-    layer.mlp_norm = Scale(2.)
-    close(run(layer, x, *angles(1)), [[[1., 3, 10.569562, 0, 0, 0, 0, 0]]], "The norm is before the block, and not on the residual",
-          "mlp_norm doubles; x = (1, 3, 0 ...), gate 2, up 6", (None, "row", "dimension"))
-    layer.mlp_norm, layer.attention_norm = Scale(1.), Scale(3.)
-    layer.qkv.weight.data[12, 0] = 1                           # value head 0: (x0, 0)
-    layer.o.weight.data[0, 0] = 1
-    close(run(layer, x, *angles(1)), [[[4., 3, 11.784166, 0, 0, 0, 0, 0]]], "The feed-forward block works on x after attention was "
-          "added, and attention on the normed x", "attention_norm triples and attention adds 3 to x0; x = (1, 3, 0 ...)",
-          (None, "row", "dimension"))
+    axes = (None, "row", "dimension")
+    close(layer.mlp_block(x), [[[2., 3, 5.284782, 0, 0, 0, 0, 0]]], "mlp_block adds down(silu(gate) * up) to x, gate being "
+          "the first half of gate_up", "x = (2, 3, 0 ...), gate 2, up 3, down into dimension 2", axes)
+    layer.mlp_norm, layer.attention_norm = Scale(2.), Scale(3.)
+    close(layer.mlp_block(x), [[[2., 3, 23.568331, 0, 0, 0, 0, 0]]], "gate and up are made from x as mlp_norm gives it, and x itself is not "
+          "normed", "mlp_norm doubles, attention_norm triples; x = (2, 3, 0 ...), gate 4, up 6", axes)
+    close(layer.mlp_block(torch.cat((x, 2 * x, 0 * x), dim=1))[:, 1:], [[[4., 6, 95.967806, 0, 0, 0, 0, 0], [0.] * 8]], "mlp_block works on "
+          "each row by itself", "rows (2, 3, 0 ...), (4, 6, 0 ...) and 0, mlp_norm doubles: the last two", axes)
 
 
 def whole_layer():

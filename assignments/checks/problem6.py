@@ -92,7 +92,8 @@ def run_draft(text: list[int], skip, length: int, *, threshold=0., choose=greedy
         return asked[-1] >= threshold
 
     cache = cache_of(llama, text[:-1])
-    example = f"cache holds {text[:-1]}, token {text[-1]}, skip = {show(frozenset(skip))}, length {length}" + f", a go_on that wants {threshold:.4f}" * (threshold > 0)
+    example = (f"cache holds {text[:-1]}, token {text[-1]}, skip = {show(frozenset(skip))}, length {length}"
+               + f", a go_on that wants {threshold:.4f}" * (threshold > 0))
     tokens, q = parts(draft(llama, cache, text[-1], frozenset(skip), length, go_on, choose, stop), "draft",
                       "drafted tokens, their distributions", example)
     return SimpleNamespace(tokens=tokens, q=q, passes=llama.passes, length=cache.length, asked=asked, example=example)
@@ -249,7 +250,8 @@ def drafted():
         equal(ask.length, min(3, left - 1), "A draft is at most K tokens, and one fewer than are left to write, since the verifier "
               "adds one of its own", f"{example}, {left} tokens left: length")
         if not callable(ask.go_on):
-            raise Wrong("draft is given a function go_on that tells from a confidence whether to draw another token", f"{example}: got {show(ask.go_on)}")
+            raise Wrong("draft is given a function go_on that tells from a confidence whether to draw another token",
+                        f"{example}: got {show(ask.go_on)}")
         equal([bool(ask.go_on(confidence)) for confidence in (.499, .5, .501)], [False, True, True], "go_on(confidence) is true unless the "
               "confidence is below exit_threshold", f"{example}, exit_threshold 0.5: go_on at 0.499, 0.5 and 0.501")
         equal(set(ask.stop), {99}, "The stop tokens are handed on to draft", f"{example}: stop")
