@@ -200,6 +200,15 @@ def test_the_tests_that_go_along_need_nothing_that_does_not(exported):
     assert (exported() / "tests" / "test_dp_skip.py").exists() and not (exported() / "tests" / "test_bench.py").exists()
 
 
+def test_what_is_past_the_paper_is_tested_only_where_it_is_all_solved(exported):
+    """A clasp need know no auto, a programme no costs, and forward no blocks."""
+    for number in PROBLEMS:
+        with_costs = "def test_costs" in (exported((number,)) / "tests" / "test_dp_skip.py").read_text()
+        assert ((exported((number,)) / "tests" / "test_auto.py").exists(), with_costs) == (number in (1, 5), number not in (3, 4))
+    for path in (exported() / "tests").glob("*.py"):
+        assert not re.search(r"\bauto\b|\bAuto\b|test_costs|--skip-unit", path.read_text()), path
+
+
 def test_helpers_of_a_solution_go_with_it_and_those_that_the_handout_names_stay():
     sources = {"core": "def solved():\n    raise NotImplementedError\n\n\ndef step():\n    return inner()\n\n\n"
                        "def inner():\n    return 'step'\n\n\ndef named():\n    return 1\n"}

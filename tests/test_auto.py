@@ -14,6 +14,7 @@ from exact import exact_width
 from generate import main
 from model import KVCache, load_model
 from speculative import Stats, autoregressive, clasp
+from test_speculative import NUCLEUS, error_of_the_induced_distribution
 
 CHEAP = dict(draft=1.0, plain=1.0, verify=1.0, optimize=0.5)
 HOPELESS = dict(draft=1.0, plain=1.0, verify=3.0, optimize=1.5)
@@ -42,6 +43,12 @@ def test_greedy_text_is_plain_decodings_bit_for_bit(residual, blocks, costs, dra
         n = cache.length
         assert n == caches[0].length == length + count - 1
         assert torch.equal(cache.slots[..., :n, :], caches[0].slots[..., :n, :])
+
+
+@pytest.mark.parametrize("settings", [{}, NUCLEUS], ids=str)
+def test_every_text_has_the_models_own_probability(monkeypatch, settings):
+    costs = dict(draft=1.0, plain=2.0, verify=1.0, optimize=0.1)                      # with these it drafts
+    assert error_of_the_induced_distribution(monkeypatch, each=lambda model: dict(auto=Auto(model, costs)), **settings) < 1e-6
 
 
 def test_measured_times_decide_nothing_about_the_text(any_model):
