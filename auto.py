@@ -14,11 +14,12 @@ On the models measured the share of draft tokens that the whole model rejects is
 and M and k are those of the largest E / T. If that is below 1 / (the time of a plain step), nothing is drafted; now and
 then it is tried again, when what the attempt is expected to lose is at most TRIAL of the time that passed since. While
 drafting, each token's confidence sharpens the guess: with P the chance that all tokens so far are accepted, one more
-is worth its time if P a > t(M) E / T, that is, if it brings more than the same time brings on average.
+is worth its time if P a >= t(M) E / T, that is, if it brings more than the same time brings on average.
 
 Nothing here looks at what the draft is compared with before that is done, so the output stays the whole model's. But
-measured times decide, and another run may decide otherwise: under sampling, pass fixed ``costs`` to have the same text
-again by the same seed. (KnapSpec too chooses by expected tokens per unit of time, and skips blocks of unequal cost.)
+measured times decide, and another run may decide otherwise: under sampling, a new Auto with fixed ``costs`` gives the same
+text again by the same seed. (KnapSpec, arXiv 2602.20217, too chooses by expected tokens per unit of time, and skips blocks
+of unequal cost.)
 """
 import itertools
 import math
@@ -40,10 +41,10 @@ KINDS = ("draft", "plain", "verify", "optimize")
 
 
 class Costs:
-    """Times of a draft token, a plain step, a verify pass and a run of the programme, in one unit or another.
+    """Times of a draft token, a plain step, a verify pass and a run of the programme, in any unit.
 
-    Measured ones (``note``) are medians of the last few; until there are any they are guessed from the shape. A
-    draft token's is that of the whole layers and the head, in proportion to the weights that are read.
+    Measured ones (``note``) are medians of the last few; until there are any they are guessed from the shape. A draft
+    token's time is kept as if nothing were skipped, and scaled by the share of the weights that it reads (``share``).
     fixed: {"draft": .., "plain": .., "verify": .., "optimize": ..} to be used instead; "draft" with nothing skipped.
     """
 
@@ -69,7 +70,7 @@ class Costs:
             self.pace *= min(2.0, max(0.5, seconds / share / (self.pace * median_low(self.last[kind])))) ** 0.2
         self.last[kind].append(seconds / share / self.pace)
 
-    def now(self) -> dict[str, float]:
+    def current(self) -> dict[str, float]:
         if self.fixed:
             return self.fixed
         measured = {k: median_low(times) for k, times in self.last.items() if times}
@@ -84,7 +85,7 @@ class Costs:
 def read_costs(file: str) -> dict[str, float]:
     """Fixed times for ``Costs`` from a JSON file. Raises ModelError for any other."""
     costs = read_json(Path(file))
-    if costs.keys() != set(KINDS) or not all(isinstance(cost, int | float) and cost > 0 for cost in costs.values()):
+    if costs.keys() != set(KINDS) or not all(type(cost) in (int, float) and 0 < cost < math.inf for cost in costs.values()):
         raise ModelError(f"{file}: not a JSON object with a positive number for each of {', '.join(KINDS)}")
     return costs
 
@@ -99,7 +100,7 @@ class Ratio:
         self.rejected, self.distance = 0.995 * self.rejected + rejected, 0.995 * self.distance + distance
 
     def estimate(self, prior: float, weight: float) -> float:
-        """``prior`` counts as much as tests of so much distance in all."""
+        """As if ``weight`` of distance had been seen before at the rate ``prior``."""
         return (self.rejected + weight * prior) / (self.distance + weight)
 
 
@@ -111,24 +112,25 @@ class Auto:
 
     def __init__(self, model: Llama, costs: dict[str, float] | None = None):
         self.layers = len(model.layers)
-        self.unit_costs = (model.block_costs or (1,)) * self.layers
-        self.total = sum(self.unit_costs)                      # budgets count what is saved: of all layers, this
-        self.unit = self.total // self.layers
+        self.part_costs = (model.block_costs or (1,)) * self.layers
+        self.total = sum(self.part_costs)                      # budgets count what is saved: of all layers, this
+        self.layer_cost = self.total // self.layers
         self.costs = Costs(model, costs)
-        self.times = self.costs.now()
+        self.times = self.costs.current()
         self.by_budget, self.by_confidence, self.overall = defaultdict(Ratio), defaultdict(Ratio), Ratio()
         self.sets: dict[int, frozenset[int]] = {}              # by budget, from the last run of the programme
         self.distance: dict[int, float] = {}
         self.budget, self.length, self.rate = 0, 0, 0.0        # the choice, and the tokens per time expected of it
-        self.pays, self.trying, self.saved = False, False, 0.0
-        self.interval, self.since = 16, 0                      # of the programme, in cycles
+        self.longest, self.cycle_time = 1, 0.0                 # most it may draft; time expected of a cycle of that choice
+        self.pays, self.trying, self.allowance, self.loss = False, False, 0.0, 0.0     # for trials; expected of the next
+        self.interval, self.since = 16, 0                      # between runs of the programme, and since the last: cycles
         self.alive, self.confidences = 1.0, []                 # of the draft: chance that it is right so far
 
     # -------------------------------------------------------------------- what is expected
 
     def rejection(self, budget: int) -> float:
         """Chance that a drafted token is rejected, before it is known."""
-        distance = self.distance[budget]
+        distance = self.distance[budget]                       # what is known of all counts as 10 tokens, the prior as 3
         slope = self.by_budget[budget].estimate(self.overall.estimate(SLOPE, 3 * distance), 10 * distance)
         return min(1.0, slope * distance)
 
@@ -137,7 +139,7 @@ class Auto:
 
     def choose(self):
         """The budget and draft length of the highest expected rate."""
-        self.times, self.rate = self.costs.now(), 0.0
+        self.times, self.rate = self.costs.current(), 0.0
         for budget in self.sets:
             accepted, draft, time, tokens = 1 - self.rejection(budget), self.draft_time(budget), self.times["verify"], 1.0
             for length in range(1, self.longest + 1):
@@ -161,21 +163,21 @@ class Auto:
         if self.pays:
             return self.since >= max(self.interval, self.times["optimize"] / (SHARE * self.cycle_time))
         self.loss = self.times["optimize"] + self.cycle_time * (1 - self.rate * self.times["plain"])
-        self.trying = self.saved >= self.loss
+        self.trying = self.allowance >= self.loss
         return self.trying
 
     def optimize(self, model: Llama, cache: KVCache, hidden: Tensor, highest: int) -> Selection:
         """``speculative.optimize`` for every budget, or those around the last choice; returns the one set now chosen."""
-        reach = max(2, self.layers // 8) * self.unit
-        low, high = self.unit, highest
+        reach = max(2, self.layers // 8) * self.layer_cost
+        low, high = self.layer_cost, highest
         if self.pays:
             low, high = max(low, self.budget - reach), min(high, self.budget + reach)
-        selection = optimize(model, cache, hidden, high, lambda layer, states, budget: select_layers(
-            layer, states, budget, low, model.block_costs and self.unit_costs))
-        before, self.since = self.sets.get(self.budget), 0
-        self.sets = {sum(self.unit_costs[i] for i in skip): skip for skip in selection.skip_sets}
+        selection = optimize(model, cache, hidden, highest, lambda layer, states, _: select_layers(
+            layer, states, high, low, model.block_costs and self.part_costs))
+        before, self.since = self.sets.get(self.budget), -1    # the cycle is still to come
+        self.sets = {sum(self.part_costs[i] for i in skip): skip for skip in selection.skip_sets}
         for budget, cosine in zip(self.sets, selection.cosines):
-            distance = max(1e-4, 2 - 2 * cosine) ** 0.5
+            distance = 2.0 if math.isnan(cosine) else max(1e-4, 2 - 2 * cosine) ** 0.5       # no less: cosines are rounded
             self.distance[budget] = (distance + self.distance.get(budget, distance)) / 2
         if before is not None:
             self.interval = min(2 * self.interval, 512) if before == self.sets.get(self.budget) else max(8, self.interval // 2)
@@ -198,12 +200,14 @@ class Auto:
     def learn(self, accepted: int, optimize_seconds: float, draft_seconds: float, verify_seconds: float) -> bool:
         """What came of the cycle; see ``due`` for the next. Tokens behind the first rejected one say nothing."""
         self.since += 1
-        if optimize_seconds and self.since == 1:
+        if self.since == 0:
             self.costs.note("optimize", optimize_seconds)
+        if self.trying:
+            self.allowance, self.trying = self.allowance - self.loss, False
         if not self.confidences:
             self.costs.note("plain", verify_seconds)
-            self.times = self.costs.now()
-            self.saved += TRIAL * self.times["plain"]
+            self.times = self.costs.current()
+            self.allowance += TRIAL * self.times["plain"]
             self.pays = self.rate * self.times["plain"] >= 1
             return self.due()
         self.costs.note("draft", draft_seconds / len(self.confidences), self.costs.share(self.budget / self.total))
@@ -211,8 +215,6 @@ class Auto:
         for i, confidence in enumerate(self.confidences[:accepted + 1]):
             for ratio in (self.overall, self.by_budget[self.budget], self.by_confidence[confidence]):
                 ratio.note(int(i == accepted), self.distance[self.budget])
-        if self.trying:
-            self.saved, self.trying = self.saved - self.loss, False
         self.choose()
         return self.due()
 

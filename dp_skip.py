@@ -78,8 +78,8 @@ def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0,
         candidates = survivors[rows]
         run = layer(i, candidates) if len(candidates) else candidates
         both = torch.cat((states[i + 1:i + 2], run, survivors))
-        distance = torch.cat((distances(both, targets[i + 1]), never))
-        skip = (distance[from_run] <= distance[from_skip]).logical_not() & (from_skip < len(both))
+        distance = torch.cat((distances(both, targets[i + 1]).nan_to_num(nan=torch.inf), never))
+        skip = (distance[from_run] > distance[from_skip]) | (from_run == len(both))
         survivors = both[torch.where(skip, from_skip, from_run)]
         bits.append(skip)
     bits = iter(torch.cat(bits).tolist())

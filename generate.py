@@ -201,7 +201,7 @@ def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., I
     auto, costs = settings["skip_layers"] == "auto", read_costs(args.costs) if args.costs else None
     settings["exact"] = not (auto and model.embed.weight.dtype == torch.float32) if args.exact is None else args.exact
     if args.skip_unit == "block":
-        model.block_costs = block_costs(model, costs is None)
+        model.block_costs = block_costs(model, auto and costs is None)
     if auto:
         require(args.draft_exit_threshold is None and args.opt_interval is None,
                 "--skip-layers auto chooses the exit threshold and the interval too: leave them out")
@@ -302,8 +302,9 @@ def run(args) -> int:
         model = GraphedLlama(model)
     decode, stats, comparison, written = decoder(args, folder, model, text.stop), Stats(), {}, ""
     if args.compare:                                           # first passes are slow and would be unfair
+        warm = decoder(args, folder, model, text.stop)         # apart: auto shall learn nothing of the text before
         for method in ("clasp", "autoregressive"):
-            list(decode(method, prompt, args.max_new_tokens if args.cuda_graphs else min(8, args.max_new_tokens), Stats()))
+            list(warm(method, prompt, args.max_new_tokens if args.cuda_graphs else min(8, args.max_new_tokens), Stats()))
 
     pieces, status = text.stream(prompt, decode(args.method, prompt, args.max_new_tokens, stats)), 0
     try:

@@ -148,8 +148,8 @@ class KVCache:
     """Keys and values of every layer, allocated once for a whole generation, and the RoPE angles of all positions.
 
     ``length`` tokens are valid; what lies behind them is scratch. Rolling back is ``cache.length = n``.
-    There are slots for ``tokens``, in whole blocks, and for scratch rows behind them: one for each layer (the DP's), or
-    ``rows`` (a pass) if that is more. A slot takes 2 * layers * kv_heads * head_dim numbers.
+    There are slots for ``tokens``, in whole blocks, and for scratch rows behind them: one for each layer, or ``rows`` (of
+    a pass, or the DP's budget) if that is more. A slot takes 2 * layers * kv_heads * head_dim numbers.
     """
 
     def __init__(self, model: "Llama", tokens: int, rows: int = 1):

@@ -72,19 +72,16 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
           drafter: Callable | None = None, auto=None) -> Iterator[int]:
     """Yield up to max_new_tokens tokens, distributed exactly as the whole model's own.
 
-    prompt: at least one token id. skip_layers M: layers left out of the draft, default half of them. draft_length K:
-    most tokens drafted per cycle. exit_threshold: a draft ends after a token at which the draft model's top
-    probability (before temperature and top-p) was lower (§5.3.3). opt_interval: cycles between optimisations (§3.7).
-    exact: verify in passes of one shape, bit for bit what plain decoding in that shape computes; False saves the
-    padding of short drafts, and greedy text may part where two tokens tie but for rounding. temperature 0 is greedy.
-    Decoding ends after a token in ``stop``.
+    prompt: at least one token id. skip_layers M: layers, or blocks worth them, left out of the draft, default half.
+    draft_length K: most tokens drafted per cycle. exit_threshold: a draft ends after a token at which the draft model's
+    top probability (before temperature and top-p) was lower (§5.3.3). opt_interval: cycles between optimisations
+    (§3.7). exact: verify in passes of one shape, bit for bit what plain decoding in that shape computes; False saves
+    the padding, and greedy text may part where two tokens tie. temperature 0: greedy. Ends after a token in ``stop``.
     cache: may hold the prompt's first cache.length tokens, and must have scratch rows for a pass (``exact_width``)
-    and the programme. At every yield it holds all tokens so far but the last, so a caller may stop anywhere and go on
-    with it.
+    and the programme. At every yield it holds all tokens so far but the last, so a caller may stop and go on with it.
     optimizer, drafter: others in place of ``optimize`` and ``draft``, called as they are. The output stays the whole
     model's whatever they do, as long as a draft's distributions are those its tokens were drawn from.
-    auto: an ``Auto`` (auto.py), which decides in place of skip_layers, exit_threshold and opt_interval; it drafts K
-    at most.
+    auto: an ``Auto`` (auto.py) to decide in place of skip_layers, exit_threshold, opt_interval; it drafts K at most.
     Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens do not
     fit the context or the cache; ModelError if the model computes something that is no number.
     """
@@ -95,6 +92,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     require(1 <= draft_length < BLOCK, f"the draft length must lie between 1 and {BLOCK - 1}")
     require(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
     require(opt_interval >= 1, "the optimisation interval must be at least 1")
+    require(not auto or layers > 1 and not optimizer and not drafter, "auto needs two layers, and no other optimizer or drafter")
     stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed)
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
     one_set = partial(select_layers, smallest=budget, costs=model.block_costs and model.block_costs * layers)
@@ -123,7 +121,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         if auto:
             skip, most = auto.plan()
         if skip is not None:       # else the prompt was one token: no state yet to choose layers from
-            length = min(most, max_new_tokens - stats.new_tokens - 1)   # the verifier adds one of its own
+            length = min(most, draft_length, max_new_tokens - stats.new_tokens - 1)   # the verifier adds one of its own
             if exact:
                 length = min(length, BLOCK - 1 - cache.length % BLOCK)          # and its rows lie in one block
             drafted, q = (drafter or draft)(model, cache, pending, skip, length, go_on, choose, stop)
@@ -246,7 +244,7 @@ def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], lengt
             token = int(drawn)
             tokens.append(token)
             distributions.append(q)
-            if token in stop or not go_on(confidence):
+            if not go_on(confidence) or token in stop:
                 break
     finally:
         cache.length = start

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from auto import KINDS, SLOPE, TRIAL, Auto, Costs, Ratio, block_costs
-from conftest import BUNDLED, DEVICE, random_model, tokens_of
+from conftest import BUNDLED, DEVICE, feed, random_model, tokens_of
 from exact import exact_width
 from generate import main
 from model import KVCache, load_model
-from speculative import Stats, autoregressive, clasp
+from speculative import SettingsError, Stats, autoregressive, clasp, draft
 from test_speculative import NUCLEUS, error_of_the_induced_distribution
 
 CHEAP = dict(draft=1.0, plain=1.0, verify=1.0, optimize=0.5)
@@ -138,14 +138,13 @@ def test_a_draft_ends_where_another_token_is_not_worth_its_time():
 
 
 def test_the_programme_runs_rarely_while_its_sets_stay():
-    model, stats = agreeable(context=4096), Stats()
+    model, stats = random_model(layers=2, residual=0.01, context=4096), Stats()            # one budget, and one set is best
+    model.layers[0].o.weight.mul_(0)
+    model.layers[0].down.weight.mul_(0)
     auto = Auto(model, CHEAP | dict(optimize=0.01))
     list(clasp(model, [1, 2, 3], 2000, draft_length=2, auto=auto, stats=stats))
     gaps = [b - a for (a, _), (b, _) in zip(stats.skip_sets, stats.skip_sets[1:])]
-    changed = [a != b for (_, a), (_, b) in zip(stats.skip_sets, stats.skip_sets[1:])]
-    assert len(gaps) > 2 and auto.interval >= 8
-    if not any(changed):
-        assert gaps[-1] > gaps[0]
+    assert len(gaps) > 2 and gaps == sorted(gaps) and gaps[-1] > 2 * gaps[0]
 
 
 def test_the_programme_takes_its_share_of_the_time_at_most():
@@ -161,8 +160,8 @@ def test_times_are_compared_at_equal_pace():
         for _ in range(60):
             for kind in kinds:
                 costs.note(kind, true[kind] * pace)
-    assert costs.now()["verify"] / costs.now()["draft"] == pytest.approx(1.6, rel=0.05)
-    assert costs.last["plain"][0] / costs.now()["draft"] == pytest.approx(1.5, rel=0.25)
+    assert costs.current()["verify"] / costs.current()["draft"] == pytest.approx(1.6, rel=0.05)
+    assert costs.last["plain"][0] / costs.current()["draft"] == pytest.approx(1.5, rel=0.25)
 
 
 def test_a_plain_step_is_never_thought_to_take_longer_than_a_verify_pass():
@@ -170,7 +169,7 @@ def test_a_plain_step_is_never_thought_to_take_longer_than_a_verify_pass():
     costs.note("plain", 50.0)                                              # the first of a process: slow
     for _ in range(9):
         costs.note("verify", 1.2), costs.note("draft", 0.5, costs.share(0.5))
-    assert costs.now()["plain"] <= costs.now()["verify"]
+    assert costs.current()["plain"] <= costs.current()["verify"]
 
 
 def test_shares_follow_the_weights():
@@ -238,3 +237,42 @@ def test_refusals(capsys, tmp_path, argv, line):
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1
 
+
+def test_a_drafted_stop_token_is_counted():
+    model, asked = random_model(), []
+    cache = KVCache(model, 20)
+    feed(model, cache, [1, 2, 3])
+    tokens, _ = draft(model, cache, 4, {2}, 3, lambda sure: asked.append(sure) or True, lambda x: (x.argmax(), None), range(61))
+    assert len(tokens) == len(asked) == 1
+
+
+def test_nothing_is_noted_of_a_programme_that_did_not_run():
+    model = agreeable()
+    auto = Auto(model)
+    next(clasp(model, [1], 20, auto=auto))
+    assert not auto.costs.last["optimize"] and auto.costs.last["plain"]
+
+
+def test_many_texts_of_one_token_do_not_each_try():
+    model, auto, runs = agreeable(), Auto(random_model(), HOPELESS), 0
+    for _ in range(40):
+        stats = Stats()
+        list(clasp(model, [1, 2, 3], 1, auto=auto, stats=stats))
+        runs += stats.optimizations
+    assert runs <= 2
+
+
+def test_a_set_whose_state_overflows_is_no_good_choice():
+    model, auto = random_model(), Auto(random_model(), CHEAP)
+    cache = KVCache(model, 20)
+    hidden = feed(model, cache, [1, 2, 3])
+    model.layers[5].register_forward_hook(lambda module, given, out: torch.full_like(out, torch.nan))
+    auto.begin(4, True)
+    auto.optimize(model, cache, hidden, 5)
+    assert all(5 in skipped or auto.distance[m] == 2 for m, skipped in auto.sets.items())
+
+
+def test_settings_that_do_not_go_with_auto():
+    for model, more in ((random_model(layers=1), {}), (random_model(), dict(optimizer=lambda *_: None))):
+        with pytest.raises(SettingsError, match="auto needs two layers"):
+            next(clasp(model, [1, 2], 5, auto=Auto(model), **more))

@@ -3,6 +3,7 @@
     python tools/measure.py equal  [--model M] [--dtype D]  greedy text, logits and cache, bit for bit, 4 values of M
     python tools/measure.py dp     [--model M]        fast = plain at 20 positions; time of a DP in verify passes
     python tools/measure.py slice  [--model M]        DP, brute force and random sets on a 10-layer slice
+    python tools/measure.py reject [--model M]        share of drafted tokens rejected against the distance d that the DP tells
     python tools/measure.py blocks [--model M]        layers skipped, or attention and MLP blocks worth as much time
     python tools/measure.py sweep  [--model M]        --skip-layers auto against every M x threshold x interval, by group
 """
@@ -155,6 +156,32 @@ def slice_(args, model, encode):
         print(f"| {budget} | " + " | ".join(f"{statistics.mean(cosine[name][budget]):.4f}" for name in cosine) + " |")
 
 
+@torch.inference_mode()
+def reject(args, model, encode):
+    """One token drafted at each place of greedy text, after true keys and values; the set from up to 16 tokens before."""
+    layers, count = len(model.layers), args.max_new_tokens
+    budgets = sorted({max(1, round(layers * share)) for share in (.05, .1, .2, .3, .4, .5, .6, .7, .8, .85, .9)})
+    far, wrong = {m: [] for m in budgets}, {m: [] for m in budgets}
+    for prompt in map(encode, PROMPTS[:args.prompts]):
+        cache = KVCache(model, len(prompt) + count)
+        text = [*prompt, *autoregressive(model, prompt, count, cache=cache)]
+        true, hidden = cache.slots.clone(), torch.stack([state[0] for state in model(as_row(model, text))])
+        for start in range(len(prompt), len(text) - 17, 40):
+            cache.length = start
+            selection = optimize(model, cache, hidden[:, start - 1], max(budgets))
+            cache.slots.copy_(true)
+            for m, at in itertools.product(budgets, range(start, start + 16)):
+                cache.length = at
+                drafted = model.logits(model(as_row(model, text[at:at + 1]), cache, selection.skip_sets[m])[-1]).argmax().item()
+                cache.slots[..., at, :] = true[..., at, :]
+                wrong[m].append(drafted != text[at + 1])
+                far[m].append(max(0.0, 2 - 2 * selection.cosines[m]) ** 0.5)
+    print("| M | d | rejected | rejected / d |\n|---|---|---|---|")
+    for m in budgets:
+        d, share = statistics.mean(far[m]), statistics.mean(wrong[m])
+        print(f"| {m} | {d:.2f} | {share:.2f} | {share / d:.2f} |")
+
+
 def blocks(args, model, encode):
     """Greedy; acceptance rate and tau when whole layers are left out and when blocks that take as much time are."""
     costs, layers = block_costs(model), len(model.layers)
@@ -202,7 +229,7 @@ def sweep(args, model, encode):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["equal", "dp", "slice", "blocks", "sweep"])
+    parser.add_argument("what", choices=["equal", "dp", "slice", "reject", "blocks", "sweep"])
     parser.add_argument("--model", default=str(BUNDLED))
     parser.add_argument("--device")
     parser.add_argument("--dtype")
@@ -219,7 +246,7 @@ def main():
     model = pack(load_model(folder, device, dtype))
     print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads",
           file=sys.stderr)
-    what = {"equal": equal, "dp": dp, "slice": slice_, "blocks": blocks, "sweep": sweep}[args.what]
+    what = {"equal": equal, "dp": dp, "slice": slice_, "reject": reject, "blocks": blocks, "sweep": sweep}[args.what]
     what(args, model, lambda prompt: text.encode(prompt, chat=False))
 
 
