@@ -269,8 +269,8 @@ def ask(target, args, questions, results: dict) -> list[Prompt]:
 
 def interleave(target, args, methods: dict, prompts: list[Prompt], temperatures, results: dict) -> list[dict]:
     """Every prompt by every method, in random order, --repeat times, after a warm-up: a line each, found or made."""
+    warm = (prompts[0].tokens, args.max_new_tokens) if args.cuda_graphs else (target.encode(HELD_OUT[:1]), 16)
     for method in methods.values():                                     # first passes are slow, and graphs are captured
-        warm = (prompts[0].tokens, args.max_new_tokens) if args.cuda_graphs else (target.encode(HELD_OUT[:1]), 16)
         target.run(method, *warm)
     jobs = {(prompt.question, prompt.turn, temperature, repeat, name): prompt
             for temperature, prompt, repeat in itertools.product(temperatures, prompts, range(args.repeat))

@@ -200,8 +200,6 @@ def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., I
     settings = suggested_settings(folder) | {name: value for name, value in given.items() if value is not None}
     auto, costs = settings["skip_layers"] == "auto", read_costs(args.costs) if args.costs else None
     settings["exact"] = not (auto and model.embed.weight.dtype == torch.float32) if args.exact is None else args.exact
-    if args.skip_unit == "block":
-        model.block_costs = block_costs(model, auto and costs is None)
     if auto:
         require(args.draft_exit_threshold is None and args.opt_interval is None,
                 "--skip-layers auto chooses the exit threshold and the interval too: leave them out")
@@ -300,6 +298,8 @@ def run(args) -> int:
     if args.cuda_graphs:
         from cuda_graphs import GraphedLlama
         model = GraphedLlama(model)
+    if args.skip_unit == "block":
+        model.block_costs = block_costs(model, args.skip_layers == "auto" and not args.costs)
     decode, stats, comparison, written = decoder(args, folder, model, text.stop), Stats(), {}, ""
     if args.compare:                                           # first passes are slow and would be unfair
         warm = decoder(args, folder, model, text.stop)         # apart: auto shall learn nothing of the text before

@@ -210,7 +210,7 @@ def candidate_layer(model: Llama, cache: KVCache, rows: int) -> Layer:
     A candidate stands at that token's position p. It sees the true keys and values before p, not those at
     p, which belong to the true state, and its own: each has a slot to itself behind the valid ones.
     """
-    n = cache.length
+    n, parts = cache.length, model.parts
     cos, sin = cache.cos[n - 1:n], cache.sin[n - 1:n]                 # one position for all rows
     mask = torch.full((rows, n + rows), -torch.inf, dtype=cos.dtype, device=cos.device)
     mask[:, :n - 1] = 0
@@ -218,7 +218,7 @@ def candidate_layer(model: Llama, cache: KVCache, rows: int) -> Layer:
 
     def layer(i: int, candidates: Tensor) -> Tensor:
         m = len(candidates)
-        return model.parts[i](candidates[None], cos, sin, mask[:m, :n + m], partial(cache.put, model.layer_of(i), n, n + m))[0]
+        return parts[i](candidates[None], cos, sin, mask[:m, :n + m], partial(cache.put, model.layer_of(i), n, n + m))[0]
 
     return layer
 

@@ -226,6 +226,14 @@ def test_the_command_line(capsys, tmp_path, unit):
     assert out["identical"] and out["stats"]["drafted"] > 0
 
 
+def test_blocks_are_priced_once_a_run(monkeypatch, capsys):
+    """The warm-up before a comparison has an Auto of its own, but must not price the model's blocks anew."""
+    prices = iter([(1, 1), (4, 3)])
+    monkeypatch.setattr("generate.block_costs", lambda *_: next(prices))
+    assert main(["--max-new-tokens", "12", "--skip-layers", "auto", "--skip-unit", "block", "--compare", "--json"]) == 0
+    assert next(prices) == (4, 3)
+
+
 @pytest.mark.parametrize("argv, line", [
     (["--skip-layers", "auto", "--opt-interval", "4"], "leave them out"), (["--skip-layers", "some"], "skip-layers"),
     (["--skip-layers", "4", "--costs", "FILE"], "for --skip-layers auto"), (["--skip-layers", "auto", "--costs", "BAD"], "positive number"),

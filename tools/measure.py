@@ -54,8 +54,7 @@ PROMPTS = [                    # written for this purpose; in no training text
 def equal(args, model, encode):
     """Greedy text, every logit row of the whole model and the cache, bit for bit, against plain decoding K+1 rows wide."""
     prompts = [encode(" ".join(p.split()[:words])) for words in (99, 4, 8) for p in PROMPTS][:args.prompts]
-    layers, count = len(model.layers), args.max_new_tokens
-    k = args.draft_length or suggested_settings(find_folder(args.model))["draft_length"]
+    layers, count, k = len(model.layers), args.max_new_tokens, args.draft_length
     rows_seen, full_pass, width = {}, speculative.full_pass, speculative.exact_width(model, k + 1)
 
     def recorded(model, cache, tokens, width):
@@ -112,8 +111,7 @@ def dp(args, model, encode):
         worst = max(worst, *(abs(a - b) for a, b in zip(fast.cosines, plain.cosines)))
     print(f"fast and plain DP, 20 positions x {budget + 1} budgets: {sets} sets equal, "
           f"largest difference of cosines {worst:.1e}; cache untouched")
-    draft_length = suggested_settings(find_folder(args.model))["draft_length"]
-    cache = KVCache(model, 300)
+    draft_length, cache = args.draft_length, KVCache(model, 300)
     hidden, rows = prefill(model, cache, tokens[:200]), as_row(model, tokens[200:201 + draft_length])
     work = {"step": lambda: model.logits(model(rows[:, :1], cache)[-1]).argmax(-1).tolist(),
             "verify": lambda: model.logits(model(rows, cache)[-1]).argmax(-1).tolist(),
@@ -184,8 +182,7 @@ def reject(args, model, encode):
 
 def blocks(args, model, encode):
     """Greedy; acceptance rate and tau when whole layers are left out and when blocks that take as much time are."""
-    costs, layers = block_costs(model), len(model.layers)
-    k = args.draft_length or suggested_settings(find_folder(args.model))["draft_length"]
+    costs, layers, k = block_costs(model), len(model.layers), args.draft_length
     print(f"attention to MLP: {costs[0]} to {costs[1]}; {args.prompts} prompts x {args.max_new_tokens} tokens, K {k}\n\n"
           "| M | layers: accepted | tau | blocks: accepted | tau | attention blocks left out | MLP blocks |\n|---|---|---|---|---|---|---|")
     for m in sorted({round(layers * share) for share in (.1, .2, .3, .4, .5, .6, .7, .8, .85, .9)}):
@@ -206,19 +203,19 @@ def sweep(args, model, encode):
     import bench
     target = bench.Target(bench.arguments(["--model", args.model, *(["--dtype", args.dtype] if args.dtype else [])]))
     options = bench.arguments(["--max-new-tokens", str(args.max_new_tokens), "--repeat", "1"])
-    questions, layers = bench.read_questions(options), target.layers
-    tuned, fresh = [q for q in questions if q[0].endswith("0")], [q for q in questions if not q[0].endswith("0")]
+    prompts, layers = bench.ask(target, options, bench.read_questions(options), {}), target.layers
+    fresh = [prompt for prompt in prompts if not prompt.question.endswith("0")]          # not those that auto was tried on
     grid = {f"M {m}, threshold {x}, interval {n}": partial(target.clasp, skip_layers=m, exit_threshold=x, opt_interval=n)
             for m in args.skip_layers or [round(layers * share) for share in (.5, .7, .8, .85, .9)]
             for x in (0.0, 0.2, 0.4) for n in (16, 64)}
     plain = {"autoregressive": autoregressive}
     for temperature in args.temperatures:
-        seen = bench.interleave(target, options, plain | grid, bench.ask(target, options, tuned + fresh, {}), [temperature], {})
-        groups = list(dict.fromkeys(q[1] for q in questions))
+        seen = bench.interleave(target, options, plain | grid, prompts, [temperature], {})
+        groups = list(dict.fromkeys(prompt.group for prompt in prompts))
         best = {group: max(grid, key=lambda name: bench.summary(seen, name, temperature, group).speedup) for group in [*groups, None]}
         methods = plain | {name: grid[name] for name in dict.fromkeys(best.values())} | {"clasp": target.clasp, "auto": target.auto()}
         options.repeat = args.repeat
-        lines = bench.interleave(target, options, methods, bench.ask(target, options, fresh, {}), [temperature], {})
+        lines = bench.interleave(target, options, methods, fresh, [temperature], {})
         print(f"\ntemperature {temperature:g}\n\n| group | best of {len(grid)} fixed settings | its speedup | clasp's defaults | auto "
               "| auto / best |\n|---|---|---|---|---|---|")
         for group, name in best.items():
@@ -242,6 +239,7 @@ def main():
     parser.add_argument("--positions", type=int, nargs="+", default=[20, 40, 60, 80])
     args = parser.parse_args()
     folder = find_folder(args.model)
+    args.draft_length = args.draft_length or suggested_settings(folder)["draft_length"]
     text, (device, dtype) = Text(folder), choose_device(args.device, args.dtype)
     model = pack(load_model(folder, device, dtype))
     print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads",
