@@ -2,15 +2,20 @@
 
 Decoding multiplies 1 row (plain, draft), K+1 (verification) or up to M (the DP) with each matrix, and the time should
 be that of reading the matrix, whatever the number. ``nn.Linear`` is far from it: several rows cost two to four times
-what one does, and that is what speculative decoding lives on. Two remedies, see results/speed.md:
+what one does, and that is what speculative decoding lives on. Remedies, see results/speed.md:
 
-* Large matrices are packed into oneDNN's own order, after loading, without compilation. In bfloat16 (on a CPU that
-  computes in it) oneDNN would otherwise rearrange them at every call.
-* Small ones, where oneDNN's overhead of some 20 us a call shows, stay as they are, but stand on the left: MKL computes
-  (W x^T)^T up to twice as fast as x W^T.
+* Weights that were saved in 16 bits, as nearly all are, lie here in float16 whatever the model's dtype: half the bytes of
+  float32. FBGEMM widens them in registers, and products and sums are float32.
+* In bfloat16 on a CPU that computes in it, large and small matrices are packed into oneDNN's own order, after loading,
+  without compilation; oneDNN would otherwise rearrange them at every call.
+* Of true float32 weights, large matrices are packed so too. Small ones, where oneDNN's overhead of some 20 us a call
+  shows, stay as they are, but stand on the left: MKL computes (W x^T)^T up to twice as fast as x W^T.
 
-float16 stays with nn.Linear, and so does all that is not on an x86 CPU.
+All that is not on an x86 CPU stays with nn.Linear.
 """
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +24,8 @@ from model import Llama, RMSNorm
 
 LARGE = 2 ** 18               # numbers in a matrix; where the two remedies cost the same
 FEW = 12                      # rows up to which MKL is faster with the weight on the left
+THREADED = 2 ** 20            # numbers in a matrix from which on several threads are worth the call that starts them
+ROUNDED = 2.0 ** -25          # float16 holds every bfloat16 weight below 2^16 to within this, and float32 sums are no finer
 
 
 class PackedLinear(nn.Module):
@@ -30,6 +37,24 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class Float16Linear(nn.Module):
+    """``nn.Linear`` without bias whose weight lies in float16, in FBGEMM's order; x and its products are float32.
+
+    The same kernels have two entrances: one that uses all threads, for 35 us a call, and one that does not, for 3 us.
+    """
+
+    def __init__(self, weight: Tensor, small=None):
+        super().__init__()
+        if weight.numel() < THREADED and small:
+            self.weight, self.multiply = torch.fbgemm_pack_gemm_matrix_fp16(weight.float()), small
+        else:
+            self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+            self.multiply = lambda x, weight, _: torch.ops.quantized.linear_dynamic_fp16(x, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x.float(), self.weight, None).to(x.dtype)
 
 
 class QuickNorm(nn.Module):
@@ -68,16 +93,37 @@ def pack(model: Llama) -> Llama:
     if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return model
     in_bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    small = unthreaded()
 
     def faster(linear: nn.Linear) -> nn.Module:
-        if in_bfloat16 or (linear.weight.dtype == torch.float32 and linear.weight.numel() >= LARGE):
-            return PackedLinear(linear.weight)
-        return WeightFirstLinear(linear.weight) if linear.weight.dtype == torch.float32 else linear
+        weight = linear.weight
+        if in_bfloat16:
+            return PackedLinear(weight)
+        if "fbgemm" in torch.backends.quantized.supported_engines and (weight - weight.half().to(weight)).abs().max() <= ROUNDED:
+            return Float16Linear(weight, small)
+        if weight.dtype == torch.float32:
+            return PackedLinear(weight) if weight.numel() >= LARGE else WeightFirstLinear(weight)
+        return linear
 
-    for layer in model.layers:
+    def pack_layer(layer):
         for name in ("qkv", "o", "gate_up", "down"):
             setattr(layer, name, faster(getattr(layer, name)))
         layer.attention_norm, layer.mlp_norm = QuickNorm(layer.attention_norm), QuickNorm(layer.mlp_norm)
-    if in_bfloat16 or weight.dtype == torch.float32:
-        model.head = faster(model.embed if model.head is None else model.head)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:      # FBGEMM packs some 60 million weights a second in each
+        head = threads.submit(faster, model.embed if model.head is None else model.head)
+        list(threads.map(pack_layer, model.layers))
+        model.head = head.result()
     return model
+
+
+def unthreaded():
+    """FBGEMM's entrance without threads, if this torch still has it: it is to be replaced in some future one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                               # which it says once
+        try:
+            multiply, few = torch.fbgemm_linear_fp16_weight_fp32_activation, torch.ones(8, 8)
+            multiply(few, torch.fbgemm_pack_gemm_matrix_fp16(few), None)
+            return multiply
+        except (AttributeError, RuntimeError, TypeError):
+            return None
