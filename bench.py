@@ -7,8 +7,8 @@
     python bench.py --speed steps.md                     the cost of a draft token, a verify pass, a DP (pip install transformers)
     python bench.py --synthetic llama3-8b                random weights of that shape: true speed, no sense
 
-Every method is a choice of what ``clasp`` skips or drafts, on the same loop. Each question is decoded by all in random
-order, in one process, after a warm-up, several times. Results go to --out at once; a stopped run goes on from there.
+Every method is a choice of what ``clasp`` skips or drafts, on the same loop. Each question is decoded by all at once, a
+token of each in turn, after a warm-up, several times. Results go to --out at once; a stopped run goes on from there.
 """
 import csv
 import itertools
@@ -34,7 +34,7 @@ from dp_skip import Selection, select_layers, select_layers_plain
 from exact import exact_width, full_pass
 from generate import BUNDLED, Parser, Text, choose_device, say, suggested_settings
 from model import Config, KVCache, Llama, ModelError, find_folder, load_model
-from packed import pack
+from packed import bytes_read, pack
 from speculative import (SettingsError, Stats, autoregressive, candidate_layer, clasp, clock, draft, optimize, pick, prefill,
                          require)
 
@@ -65,8 +65,7 @@ PROMPTS = {group: [" ".join(text.split()) for text in texts.split("|")] for grou
         poor fisherman pulled his net from the river and found in it a small iron box, which | "Three nights you must watch,"
         said the dwarf, "and on the third""",
     "held out": """The giant was so tired that he sat down upon the church, and | Nobody in the town would speak of the blue
-        house, until | How is paper made from wood? | Summarize: The ferry will not run on Monday. A new engine arrived too late.
-        """}.items()}
+        house, until | How is paper made from wood? | Summarize: The ferry will not run on Monday. A new engine is late."""}.items()}
 HELD_OUT = PROMPTS.pop("held out")
 Prompt = namedtuple("Prompt", "question turn group tokens answer")      # answer: the whole model's greedy one
 GROUP = {"translation": "translation", "summarization": "summarization", "qa": "qa", "math_reasoning": "math", "rag": "rag"}
@@ -104,14 +103,12 @@ class Target:
             self.model, self.text, self.name = load_model(folder, device, dtype), Text(folder), folder.resolve().name
             self.chat = bool(self.text.config.get("chat_template") or (folder / "chat_template.jinja").exists())
             self.stop = self.text.stop
-        unread = 0 if self.model.head is None else self.model.embed.weight.nbytes
-        self.bytes = sum(w.nbytes for w in self.model.parameters()) - unread          # of weights read for one token
-        self.model = GraphedLlama(pack(self.model)) if args.cuda_graphs else pack(self.model)
+        self.bytes = bytes_read(pack(self.model))
+        self.model = GraphedLlama(self.model) if args.cuda_graphs else self.model
         self.layers, suggested = len(self.model.layers), suggested_settings(folder)
         self.settings = {"skip_layers": self.layers // 2} | {
             name: source[name] for source in (suggested, vars(args)) for name in suggested if source[name] is not None}
-        m = self.settings["skip_layers"]
-        require(0 <= m < self.layers, f"the skipped layers must be fewer than the model's {self.layers}, and at least 0, not {m}")
+        require(0 <= self.settings["skip_layers"] < self.layers, f"skip at least 0 and fewer than all {self.layers} layers")
         self.clasp = partial(clasp, **self.settings)
         cpu = f"{torch.get_num_threads()} threads of a CPU with {torch.backends.cpu.get_cpu_capability()}"
         machine = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
@@ -122,12 +119,22 @@ class Target:
             return [zlib.crc32(word.encode()) % self.model.config.vocab_size for word in " ".join(turns).split()]
         return self.text.encode(turns, self.chat)
 
+    def race(self, methods: dict, prompt: list[int], count: int, **settings) -> dict[object, tuple[Stats, float]]:
+        """Decode by all methods, a token of each in turn, so that whatever else the machine does slows all alike; returns
+        of each the statistics and the seconds that passed outside, prefill apart."""
+        now, stats, wall = clock(self.model), {name: Stats() for name in methods}, dict.fromkeys(methods, 0.0)
+        runs = {name: method(self.model, prompt, count, stats=stats[name], stop=self.stop, **settings)
+                for name, method in methods.items()}
+        while runs:
+            for name, run in list(runs.items()):
+                start = now()
+                if next(run, None) is None:
+                    del runs[name]
+                wall[name] += now() - start
+        return {name: (stats[name], wall[name] - stats[name].prefill_seconds) for name in methods}
+
     def run(self, method, prompt: list[int], count: int, **settings) -> tuple[Stats, float]:
-        """Decode; returns the statistics and the seconds that passed outside, prefill apart."""
-        stats, now = Stats(), clock(self.model)
-        start = now()
-        list(method(self.model, prompt, count, stats=stats, stop=self.stop, **settings))
-        return stats, now() - start - stats.prefill_seconds
+        return self.race({"": method}, prompt, count, **settings)[""]
 
     def fixed(self, skip):
         """A method with one set of layers for everything."""
@@ -268,24 +275,24 @@ def ask(target, args, questions, results: dict) -> list[Prompt]:
 
 
 def interleave(target, args, methods: dict, prompts: list[Prompt], temperatures, results: dict) -> list[dict]:
-    """Every prompt by every method, in random order, --repeat times, after a warm-up: a line each, found or made."""
+    """Every prompt by every method, token by token in turn, --repeat times, after a warm-up: a line each, found or made."""
     warm = (prompts[0].tokens, args.max_new_tokens) if args.cuda_graphs else (target.encode(HELD_OUT[:1]), 16)
     for method in methods.values():                                     # first passes are slow, and graphs are captured
         target.run(method, *warm)
-    jobs = {(prompt.question, prompt.turn, temperature, repeat, name): prompt
-            for temperature, prompt, repeat in itertools.product(temperatures, prompts, range(args.repeat))
-            for name in random.Random(f"{prompt.question} {prompt.turn} {repeat}").sample(list(methods), len(methods))}
-    for key, prompt in tqdm(jobs.items(), unit="run", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60):
-        if key not in results:
-            temperature, repeat, name = key[2:]
-            stats, wall = target.run(methods[name], prompt.tokens, args.max_new_tokens, temperature=temperature,
-                                     seed=args.seed + repeat)
-            line = {"key": key, "group": prompt.group, "identical": stats.tokens == prompt.answer, "wall": wall,
+    together = [[name] for name in methods] if args.cuda_graphs else [list(methods)]            # a graph belongs to one cache
+    jobs, lines = list(itertools.product(temperatures, prompts, range(args.repeat), together)), []
+    for temperature, prompt, repeat, names in tqdm(jobs, unit="race", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60):
+        keys = {name: (prompt.question, prompt.turn, temperature, repeat, name) for name in names}
+        left = {name: methods[name] for name in names if keys[name] not in results}
+        options = dict(temperature=temperature, seed=args.seed + repeat)
+        for name, (stats, wall) in target.race(left, prompt.tokens, args.max_new_tokens, **options).items():
+            line = {"key": keys[name], "group": prompt.group, "identical": stats.tokens == prompt.answer, "wall": wall,
                     "new_tokens": stats.new_tokens} | {n: x for n, x in vars(stats).items() if isinstance(x, int | float)}
             if name == "swift":
                 line["search"] = methods[name].best, methods[name].score, methods[name].left
-            results[key] = line
-    return [results[key] for key in jobs]
+            results[keys[name]] = line
+        lines += [results[key] for key in keys.values()]
+    return lines
 
 
 def summary(lines: list[dict], method: str, temperature: float = 0.0, group: str | None = None) -> SimpleNamespace:

@@ -25,7 +25,7 @@ from dp_skip import Layer
 from model import BLOCK, KVCache, Llama, attention
 
 FEW = 16                      # rows; passes of more, the prompt's, run without graphs unless their width is fixed
-MOST_PASSES = 24              # kinds of passes kept per cache: some 10 KB of the GPU for each kernel of each layer
+MOST_PASSES = 48              # kinds of passes kept per cache: some 10 KB of the GPU for each kernel of each layer
 
 
 def folded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 FILES = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
          "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
-BLOCK = 256                   # slots: the cache is sized in such blocks, and verify passes look over whole ones
+BLOCK = 128                   # slots: the cache is sized in such blocks, and verify passes look over whole ones
 
 
 class ModelError(Exception):

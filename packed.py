@@ -47,6 +47,7 @@ class Float16Linear(nn.Module):
 
     def __init__(self, weight: Tensor, small=None):
         super().__init__()
+        self.nbytes = 2 * weight.numel()
         if weight.numel() < THREADED and small:
             self.weight, self.multiply = torch.fbgemm_pack_gemm_matrix_fp16(weight.float()), small
         else:
@@ -127,3 +128,9 @@ def unthreaded():
             return multiply
         except (AttributeError, RuntimeError, TypeError):
             return None
+
+
+def bytes_read(model: Llama) -> int:
+    """Of weights, for one token: all matrices but an untied embedding, as they lie in memory."""
+    matrices = [getattr(layer, name) for layer in model.layers for name in ("qkv", "o", "gate_up", "down")]
+    return sum(getattr(m, "nbytes", 0) or m.weight.nbytes for m in (*matrices, model.head or model.embed))

@@ -350,7 +350,7 @@ def test_a_cache_that_is_too_small_is_not_kept():
     list(autoregressive(graphed, [1, 2], 20))
     assert [home.capacity for home in graphed.empty] == [BLOCK + 6]
     prompt = tokens_of(graphed, 20)
-    assert list(autoregressive(graphed, prompt, 300)) == list(autoregressive(random_model(context=1024), prompt, 300))
+    assert list(autoregressive(graphed, prompt, BLOCK + 40)) == list(autoregressive(random_model(context=1024), prompt, BLOCK + 40))
     assert [home.capacity for home in graphed.empty] == [2 * BLOCK + 6]
 
 

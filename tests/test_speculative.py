@@ -93,7 +93,7 @@ def test_skip_sets_are_chosen_after_the_prefill_and_every_interval():
 
 @pytest.mark.parametrize("settings, word", [
     (dict(skip_layers=6), "fewer than the model's 6"), (dict(skip_layers=-1), "at least 0"),
-    (dict(draft_length=0), "draft length"), (dict(draft_length=256), "draft length"), (dict(prompt=[-1]), "vocabulary"),
+    (dict(draft_length=0), "draft length"), (dict(draft_length=128), "draft length"), (dict(prompt=[-1]), "vocabulary"),
     (dict(stats=Stats(tokens=[1])), "another text"), (dict(exit_threshold=1.5), "threshold"), (dict(opt_interval=0), "interval"),
     (dict(temperature=-1), "temperature"), (dict(top_p=0), "top-p"), (dict(top_p=1.1), "top-p"), (dict(prompt=[]), "empty"),
     (dict(max_new_tokens=0), "new tokens"), (dict(max_new_tokens=254), "context of 256")])
