@@ -156,8 +156,7 @@ class KVCache:
         c, like = model.config, model.embed.weight
         self.tokens, self.rows = -(-tokens // BLOCK) * BLOCK, max(rows, c.num_hidden_layers)
         capacity = self.tokens + self.rows
-        shape = (1, c.num_key_value_heads, capacity, c.head_dim)
-        self.slots = torch.zeros(2, len(model.layers), *shape, dtype=like.dtype, device=like.device)
+        self.slots = like.new_zeros(2, len(model.layers), 1, c.num_key_value_heads, capacity, c.head_dim)
         self.keys, self.values = self.slots[0].unbind(), self.slots[1].unbind()                        # by layer
         self.cos, self.sin = rope_table(c, capacity, like.device, like.dtype)
         self.length = 0
@@ -177,7 +176,9 @@ class Llama(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
+        if not self.embed.weight.is_meta:               # a random start there would import torch._dynamo: 1.5 s
+            nn.init.normal_(self.embed.weight)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -204,9 +205,8 @@ class Llama(nn.Module):
             start, end, mask = 0, rows, None
             cos, sin = rope_table(self.config, rows, x.device, x.dtype)
         else:
-            start, end = cache.length, slots or cache.length + rows
+            start, end, mask = cache.length, slots or cache.length + rows, None     # one row sees all; from slot 0 on, causal
             cos, sin = cache.cos[start:start + rows], cache.sin[start:start + rows]
-            mask = None                                # one row sees everything; from slot 0 on, causal
             if slots or (rows > 1 and start > 0):      # row r sees slots 0 .. start + r
                 mask = torch.full((rows, end), -torch.inf, dtype=x.dtype, device=x.device).triu(start + 1)
             cache.length += rows
@@ -326,8 +326,8 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> Llama:
     missing, damaged or unsupported config.json or weight file, and for missing, unknown and wrongly shaped tensors.
     """
     with torch.device("meta"):
-        model = Llama(read_config(folder)).to(dtype)
-    model = model.to_empty(device=device).requires_grad_(False).eval()
+        model = Llama(read_config(folder))                     # no memory yet; ``to`` and ``to_empty`` would import for 0.5 s
+    model = model._apply(lambda weight: torch.empty(weight.shape, dtype=dtype, device=device)).requires_grad_(False).eval()
     wanted = named_weights(model)
     index = read_json(folder / "model.safetensors.index.json")
     shards = index.get("weight_map") if index else {"": "model.safetensors"}
