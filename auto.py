@@ -37,7 +37,7 @@ from speculative import clock, optimize
 SLOPE = 0.9                   # rejections per unit of d before anything is known: 0.7 and 1.0 on the two models measured
 TRIAL = 0.01                  # of the time without drafts may go into trying whether they pay by now
 SHARE = 0.015                 # of the time, at most, may go into the programme
-KINDS = ("draft", "plain", "verify", "optimize")
+SHAPE = {"draft": 1.0, "plain": 1.0, "verify": 1.1, "optimize": 1.5}      # times in plain steps, before any is measured
 
 
 class Costs:
@@ -54,7 +54,7 @@ class Costs:
         head = c.hidden_size * c.vocab_size
         self.head_share, self.fixed = head / (head + len(model.layers) * layer), fixed
         self.one_shape = False                                 # plain steps too are passes as wide as those that verify
-        self.last, self.pace = {kind: deque(maxlen=15) for kind in KINDS}, 1.0
+        self.last, self.pace = {kind: deque(maxlen=15) for kind in SHAPE}, 1.0
 
     def share(self, skipped: float) -> float:
         """Of a plain step's time: a draft token's, with this share of all layers skipped."""
@@ -74,19 +74,20 @@ class Costs:
         if self.fixed:
             return self.fixed
         measured = {k: median_low(times) for k, times in self.last.items() if times}
-        guess = {"draft": 1, "plain": 1, "verify": 1.1, "optimize": 1.5}        # in plain steps
-        scale = next((measured[k] / guess[k] for k in ("draft", "plain", "verify") if k in measured), 1.0)
-        times = {k: measured.get(k, guess[k] * scale) for k in KINDS}
+        scale = next((measured[k] / SHAPE[k] for k in ("draft", "plain", "verify") if k in measured), 1.0)
+        times = {k: measured.get(k, guess * scale) for k, guess in SHAPE.items()}
         # a plain step is rarely measured while drafts pay, but bounded by what is
         times["plain"] = times["verify"] if self.one_shape else min(times[k] for k in ("plain", "draft", "verify"))
         return times
 
 
-def read_costs(file: str) -> dict[str, float]:
-    """Fixed times for ``Costs`` from a JSON file. Raises ModelError for any other."""
-    costs = read_json(Path(file))
-    if costs.keys() != set(KINDS) or not all(type(cost) in (int, float) and 0 < cost < math.inf for cost in costs.values()):
-        raise ModelError(f"{file}: not a JSON object with a positive number for each of {', '.join(KINDS)}")
+def read_costs(name: str) -> dict[str, float] | None:
+    """Fixed times for ``Costs``: None for "measured", guesses for "shape", else from a JSON file. Raises ModelError."""
+    if name in ("measured", "shape"):
+        return SHAPE if name == "shape" else None
+    costs = read_json(Path(name))
+    if costs.keys() != SHAPE.keys() or not all(type(cost) in (int, float) and 0 < cost < math.inf for cost in costs.values()):
+        raise ModelError(f"{name}: not a JSON object with a positive number for each of {', '.join(SHAPE)}")
     return costs
 
 

@@ -51,18 +51,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that reach P together; default: 1")
     add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     add("--skip-layers", type=layers_or_auto, metavar="M|auto", help="layers the draft leaves out; auto: however many give the "
-        f"most tokens per second, if any, and it sees to threshold and interval too; {by_model} half of them")
+        f"most tokens per second, if any, and threshold and interval too; {by_model} auto, or half if one of those is given")
     add("--skip-unit", choices=["layer", "block"], default="layer",
         help="leave out layers, or attention and MLP blocks that take as much time as M layers; default: %(default)s")
-    add("--costs", metavar="FILE", help="for auto: fixed times, so that a seed gives the same text again: a JSON object of "
-        "numbers draft (with nothing skipped), plain, verify, optimize")
+    add("--costs", metavar="measured|shape|FILE", help="times auto goes by; FILE: a JSON object of numbers draft (with nothing "
+        "skipped), plain, verify, optimize; default: measured if greedy, else fixed by shape, so that a seed fixes the text")
     add("--draft-length", type=int, metavar="K", help=f"most tokens drafted at once; {by_model} {DRAFT_LENGTH}")
     add("--draft-exit-threshold", type=float, metavar="X",
         help=f"stop drafting when the draft's top probability is lower; {by_model} {EXIT_THRESHOLD}")
     add("--opt-interval", type=int, metavar="N", help=f"cycles between choices of the layers; {by_model} {OPT_INTERVAL}")
-    add("--exact", action=argparse.BooleanOptionalAction, default=None,
-        help="all passes in one shape, so that greedy text is plain decoding's to the last bit; --no-exact saves the padding; "
-             "default: yes, but with --skip-layers auto in 16 bits only")
+    add("--exact", action=argparse.BooleanOptionalAction, default=None, help="all passes in one shape: greedy text is plain "
+        "decoding's to the last bit; --no-exact saves the padding; default: yes, but with auto in 16 bits only")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on the CPU, bfloat16 elsewhere")
     add("--cuda-graphs", action="store_true", help="replay layers from CUDA graphs; needs an NVIDIA GPU")
@@ -198,14 +197,16 @@ def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., I
     given = {"skip_layers": args.skip_layers, "draft_length": args.draft_length,
              "exit_threshold": args.draft_exit_threshold, "opt_interval": args.opt_interval}
     settings = suggested_settings(folder) | {name: value for name, value in given.items() if value is not None}
-    auto, costs = settings["skip_layers"] == "auto", read_costs(args.costs) if args.costs else None
+    if settings["skip_layers"] is None and args.draft_exit_threshold is args.opt_interval is None and len(model.layers) > 1:
+        settings["skip_layers"] = "auto"
+    auto = settings["skip_layers"] == "auto"
     settings["exact"] = not (auto and model.embed.weight.dtype == torch.float32) if args.exact is None else args.exact
     if auto:
         require(args.draft_exit_threshold is None and args.opt_interval is None,
                 "--skip-layers auto chooses the exit threshold and the interval too: leave them out")
+        costs = read_costs(args.costs or ("shape" if args.temperature else "measured"))
         settings = {"draft_length": settings["draft_length"], "exact": settings["exact"], "auto": Auto(model, costs)}
-    else:
-        require(costs is None, "--costs is for --skip-layers auto")
+    require(auto or not args.costs, "--costs is for --skip-layers auto")
 
     def decode(method: str, prompt: list[int], max_new_tokens: int, stats: Stats, cache=None) -> Iterator[int]:
         more = {"clasp": settings, "autoregressive": {}, "same width": {"width": settings["draft_length"] + 1}}[method]
@@ -235,9 +236,9 @@ def report(args, stats: Stats, parts: int):
     if args.method == "clasp" and s.cycles:
         shares = ", ".join(f"{name} {100 * seconds / s.seconds:.0f} %" for name, seconds in (
             ("draft", s.draft_seconds), ("verify", s.verify_seconds), ("optimise", s.optimize_seconds)))
-        skipped = len(s.skip_sets[-1][1]) if s.skip_sets else 0
-        say(f"  {s.tau:.2f} tokens per pass of the whole model (tau); {s.accepted} of {s.drafted} drafted tokens "
-            f"accepted ({100 * s.acceptance_rate:.0f} %), with {skipped} of {parts} {args.skip_unit}s skipped")
+        drafts = (f"{s.accepted} of {s.drafted} drafted tokens accepted ({100 * s.acceptance_rate:.0f} %), with "
+                  f"{len(s.skip_sets[-1][1])} of {parts} {args.skip_unit}s skipped") if s.drafted else "no drafts"
+        say(f"  {s.tau:.2f} tokens per pass of the whole model (tau); {drafts}")
         say(f"  time: {shares}; {s.cycles} cycles, {s.optimizations} optimisations")
     if args.show_drafts and not args.json:
         say(f"  {DRAFTED}drafted and accepted{PLAIN}, {VERIFIED}written by the verifier{PLAIN}")

@@ -24,7 +24,7 @@ from model import Llama, RMSNorm
 
 LARGE = 2 ** 18               # numbers in a matrix; where the two remedies cost the same
 FEW = 12                      # rows up to which MKL is faster with the weight on the left
-THREADED = 2 ** 20            # numbers in a matrix from which on several threads are worth the call that starts them
+THREADED = 3 * 2 ** 18        # numbers in a matrix from which on several threads are worth the call that starts them
 ROUNDED = 2.0 ** -25          # float16 holds every bfloat16 weight below 2^16 to within this, and float32 sums are no finer
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto import KINDS, SLOPE, TRIAL, Auto, Costs, Ratio, block_costs
+from auto import SHAPE, SLOPE, TRIAL, Auto, Costs, Ratio, block_costs
 from conftest import BUNDLED, DEVICE, feed, random_model, tokens_of
 from exact import exact_width
 from generate import main
@@ -27,7 +27,7 @@ def agreeable(**more):
 
 @settings(max_examples=settings().max_examples // 3)
 @given(st.sampled_from([0.01, 0.3, 1.0]), st.sampled_from([None, (1, 1), (1, 3)]), st.fixed_dictionaries(
-    {kind: st.floats(0.1, 4) for kind in KINDS}), st.integers(1, 6), st.integers(1, 60), st.integers(1, 8))
+    {kind: st.floats(0.1, 4) for kind in SHAPE}), st.integers(1, 6), st.integers(1, 60), st.integers(1, 8))
 def test_greedy_text_is_plain_decodings_bit_for_bit(residual, blocks, costs, draft_length, count, length):
     model = random_model(layers=4, residual=residual)
     model.block_costs = blocks
@@ -156,7 +156,7 @@ def test_the_programme_takes_its_share_of_the_time_at_most():
 def test_times_are_compared_at_equal_pace():
     """A machine half as fast for a while: ratios of what is measured then, and what was before, stay."""
     costs, true = Costs(random_model()), dict(draft=1.0, plain=1.5, verify=1.6, optimize=2.0)
-    for pace, kinds in ((1, KINDS), (2, ("draft", "verify")), (1, ("draft", "verify")), (3, ("draft", "verify"))):
+    for pace, kinds in ((1, SHAPE), (2, ("draft", "verify")), (1, ("draft", "verify")), (3, ("draft", "verify"))):
         for _ in range(60):
             for kind in kinds:
                 costs.note(kind, true[kind] * pace)
@@ -226,6 +226,31 @@ def test_the_command_line(capsys, tmp_path, unit):
     assert out["identical"] and out["stats"]["drafted"] > 0
 
 
+def test_auto_is_the_default_where_the_model_suggests_nothing(capsys, tmp_path, monkeypatch):
+    """And by default a seed gives a sample again, since times that are fixed by the model's shape decide."""
+    for file in BUNDLED.iterdir():
+        if file.suffix in (".json", ".safetensors"):
+            (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "generation_config.json").unlink()
+    autos, fixed = [], []
+    monkeypatch.setattr("generate.Auto", lambda model, costs: fixed.append(costs) or autos.append(Auto(model, costs)) or autos[-1])
+
+    def run(*argv, model=tmp_path):
+        autos.clear()
+        assert main(["--model", str(model), "--max-new-tokens", "40", "--json", *argv]) == 0
+        return json.loads(capsys.readouterr().out)["tokens"], len(autos)
+
+    assert run("--seed", "3") == run("--seed", "3") == run("--seed", "3", "--costs", "shape") != run("--seed", "4")
+    assert fixed == 4 * [SHAPE]
+    fixed.clear()
+    assert run("--temperature", "0") == run("--temperature", "0", "--skip-layers", "auto")      # in float32: plain decoding's text
+    run("--costs", "measured")
+    assert fixed == 3 * [None]
+    for by_hand in (["--skip-layers", "4"], ["--opt-interval", "8"], ["--draft-exit-threshold", "0.3"]):
+        assert run(*by_hand)[1] == 0
+    assert run(model=BUNDLED)[1] == 0                                  # it suggests settings of its own
+
+
 def test_blocks_are_priced_once_a_run(monkeypatch, capsys):
     """The warm-up before a comparison has an Auto of its own, but must not price the model's blocks anew."""
     prices = iter([(1, 1), (4, 3)])
@@ -237,7 +262,8 @@ def test_blocks_are_priced_once_a_run(monkeypatch, capsys):
 @pytest.mark.parametrize("argv, line", [
     (["--skip-layers", "auto", "--opt-interval", "4"], "leave them out"), (["--skip-layers", "some"], "skip-layers"),
     (["--skip-layers", "4", "--costs", "FILE"], "for --skip-layers auto"), (["--skip-layers", "auto", "--costs", "BAD"], "positive number"),
-    (["--skip-layers", "auto", "--costs", "NONE"], "positive number")])
+    (["--skip-layers", "auto", "--costs", "NONE"], "positive number"),
+    (["--costs", "shape"], "for --skip-layers auto")])
 def test_refusals(capsys, tmp_path, argv, line):
     (tmp_path / "FILE").write_text(json.dumps(CHEAP))
     (tmp_path / "BAD").write_text(json.dumps(CHEAP | {"verify": 0}))
