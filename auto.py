@@ -37,7 +37,7 @@ from speculative import clock, optimize
 SLOPE = 0.9                   # rejections per unit of d before anything is known: 0.7 and 1.0 on the two models measured
 TRIAL = 0.01                  # of the time without drafts may go into trying whether they pay by now
 SHARE = 0.015                 # of the time, at most, may go into the programme
-SHAPE = {"draft": 1.0, "plain": 1.0, "verify": 1.1, "optimize": 1.5}      # times in plain steps, before any is measured
+SHAPE = {"draft": 1.0, "plain": 1.0, "verify": 1.2, "optimize": 1.5}      # times in plain steps, before any is measured
 
 
 class Costs:
@@ -72,7 +72,7 @@ class Costs:
 
     def current(self) -> dict[str, float]:
         if self.fixed:
-            return self.fixed
+            return self.fixed | ({"plain": self.fixed["verify"]} if self.one_shape else {})
         measured = {k: median_low(times) for k, times in self.last.items() if times}
         scale = next((measured[k] / SHAPE[k] for k in ("draft", "plain", "verify") if k in measured), 1.0)
         times = {k: measured.get(k, guess * scale) for k, guess in SHAPE.items()}
@@ -87,7 +87,7 @@ def read_costs(name: str) -> dict[str, float] | None:
         return SHAPE if name == "shape" else None
     costs = read_json(Path(name))
     if costs.keys() != SHAPE.keys() or not all(type(cost) in (int, float) and 0 < cost < math.inf for cost in costs.values()):
-        raise ModelError(f"{name}: not a JSON object with a positive number for each of {', '.join(SHAPE)}")
+        raise ModelError(f"{name} is not measured, shape or a JSON file of a positive number for each of {', '.join(SHAPE)}")
     return costs
 
 

@@ -275,7 +275,7 @@ def ask(target, args, questions, results: dict) -> list[Prompt]:
 
 
 def interleave(target, args, methods: dict, prompts: list[Prompt], temperatures, results: dict) -> list[dict]:
-    """Every prompt by every method, token by token in turn, --repeat times, after a warm-up: a line each, found or made."""
+    """Every prompt by every method, token by token in turn (graphs: one after the other), --repeat times: a line each."""
     warm = (prompts[0].tokens, args.max_new_tokens) if args.cuda_graphs else (target.encode(HELD_OUT[:1]), 16)
     for method in methods.values():                                     # first passes are slow, and graphs are captured
         target.run(method, *warm)
@@ -283,9 +283,9 @@ def interleave(target, args, methods: dict, prompts: list[Prompt], temperatures,
     jobs, lines = list(itertools.product(temperatures, prompts, range(args.repeat), together)), []
     for temperature, prompt, repeat, names in tqdm(jobs, unit="race", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60):
         keys = {name: (prompt.question, prompt.turn, temperature, repeat, name) for name in names}
-        left = {name: methods[name] for name in names if keys[name] not in results}
         options = dict(temperature=temperature, seed=args.seed + repeat)
-        for name, (stats, wall) in target.race(left, prompt.tokens, args.max_new_tokens, **options).items():
+        race = {} if all(key in results for key in keys.values()) else {name: methods[name] for name in names}
+        for name, (stats, wall) in target.race(race, prompt.tokens, args.max_new_tokens, **options).items():
             line = {"key": keys[name], "group": prompt.group, "identical": stats.tokens == prompt.answer, "wall": wall,
                     "new_tokens": stats.new_tokens} | {n: x for n, x in vars(stats).items() if isinstance(x, int | float)}
             if name == "swift":
@@ -556,7 +556,7 @@ def arguments(argv: list[str] | None):
             ("temperatures", numbers, "0,1", "0 is greedy"), ("max-new-tokens", int, 128, "for each question"),
             ("seed", int, 0, "of samples, searches and the random set"), ("device", str, None, "cpu, cuda, cuda:N or mps"),
             ("dtype", ["float32", "bfloat16", "float16"], None, "default: float32 on the CPU, bfloat16 elsewhere"),
-            ("skip-layers", int, None, "default for this and the next three: what the model suggests, as in generate.py"),
+            ("skip-layers", int, None, "default for this and the next three: what the model suggests, else the paper's half"),
             ("draft-length", int, None, None), ("exit-threshold", float, None, None), ("opt-interval", int, None, None),
             ("out", Path, "bench.jsonl", "results, one a line; the table goes beside it as .md and .csv"),
             ("speed", Path, None, "time the steps instead (plain, verify, draft, DP; transformers), into this Markdown file"),

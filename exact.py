@@ -45,7 +45,7 @@ def exact_width(model: Llama, rows: int) -> int:
     """The fewest rows, from ``rows`` on, at which a row's bits do not depend on its place among them.
 
     A kernel may take the last rows differently from the first (MKL's for AVX2 take 7 as 6 + 1). So the machine
-    is asked: the same row in every place must come out the same in every place, from one layer and the head, and
+    is asked: the same row in every place must come out the same in every place, from a layer of each kind and the head, and
     from attention over many random caches. Often in 16 bits, which round most differences away.
     """
     known, key = WIDTHS.setdefault(model, {}), (rows, BLOCK, torch.get_num_threads())
@@ -55,13 +55,15 @@ def exact_width(model: Llama, rows: int) -> int:
     cos, sin = rope_table(c, 1, weight.device, weight.dtype)
     trials = 4 if weight.dtype == torch.float32 else 12
 
+    kinds = {tuple(type(part) for part in layer.children()): layer for layer in model.layers}      # packed.py makes several
+
     def some(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(weight)
 
     def same_everywhere(width: int, slots: int) -> bool:
         kv, mask = some(2, 1, c.num_key_value_heads, slots, c.head_dim), weight.new_zeros(width, slots)
-        out = model.layers[0](some(c.hidden_size).repeat(1, width, 1), cos, sin, mask, lambda k, v: kv)
-        results = [model.logits(out)[0]]
+        row = some(c.hidden_size).repeat(1, width, 1)
+        results = [model.logits(layer(row, cos, sin, mask, lambda k, v: kv))[0] for layer in kinds.values()]
         for _ in range(16):
             q = some(1, c.num_attention_heads, 1, c.head_dim).repeat(1, 1, width, 1)
             results.append(model.layers[0].attend(q, *kv, mask).transpose(0, 2))

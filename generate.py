@@ -197,14 +197,16 @@ def decoder(args, folder: Path, model: Llama, stop: set[int]) -> Callable[..., I
     given = {"skip_layers": args.skip_layers, "draft_length": args.draft_length,
              "exit_threshold": args.draft_exit_threshold, "opt_interval": args.opt_interval}
     settings = suggested_settings(folder) | {name: value for name, value in given.items() if value is not None}
-    if settings["skip_layers"] is None and args.draft_exit_threshold is args.opt_interval is None and len(model.layers) > 1:
+    untouched = settings == suggested_settings(None) | {"draft_length": settings["draft_length"]}       # else by hand
+    if untouched and args.draft_exit_threshold is args.opt_interval is None and len(model.layers) > 1:
         settings["skip_layers"] = "auto"
-    auto = settings["skip_layers"] == "auto"
+    auto, costs = settings["skip_layers"] == "auto", read_costs(args.costs or ("shape" if args.temperature else "measured"))
+    if args.skip_unit == "block" and model.block_costs is None:
+        model.block_costs = block_costs(model, auto and costs is None)
     settings["exact"] = not (auto and model.embed.weight.dtype == torch.float32) if args.exact is None else args.exact
     if auto:
         require(args.draft_exit_threshold is None and args.opt_interval is None,
                 "--skip-layers auto chooses the exit threshold and the interval too: leave them out")
-        costs = read_costs(args.costs or ("shape" if args.temperature else "measured"))
         settings = {"draft_length": settings["draft_length"], "exact": settings["exact"], "auto": Auto(model, costs)}
     require(auto or not args.costs, "--costs is for --skip-layers auto")
 
@@ -299,8 +301,6 @@ def run(args) -> int:
     if args.cuda_graphs:
         from cuda_graphs import GraphedLlama
         model = GraphedLlama(model)
-    if args.skip_unit == "block":
-        model.block_costs = block_costs(model, args.skip_layers == "auto" and not args.costs)
     decode, stats, comparison, written = decoder(args, folder, model, text.stop), Stats(), {}, ""
     if args.compare:                                           # first passes are slow and would be unfair
         warm = decoder(args, folder, model, text.stop)         # apart: auto shall learn nothing of the text before

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from model import Llama, RMSNorm
 
-LARGE = 2 ** 18               # numbers in a matrix; where the two remedies cost the same
+LARGE = 2 ** 18               # numbers in a float32 matrix from which on oneDNN is faster than MKL
 FEW = 12                      # rows up to which MKL is faster with the weight on the left
 THREADED = 3 * 2 ** 18        # numbers in a matrix from which on several threads are worth the call that starts them
-ROUNDED = 2.0 ** -25          # float16 holds every bfloat16 weight below 2^16 to within this, and float32 sums are no finer
+ROUNDED = 2.0 ** -25          # float16 holds every bfloat16 weight below 2^16 to within this, finer than float32 sums are
 
 
 class PackedLinear(nn.Module):
@@ -94,13 +94,13 @@ def pack(model: Llama) -> Llama:
     if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return model
     in_bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    small = unthreaded()
+    fbgemm, small = "fbgemm" in torch.backends.quantized.supported_engines, unthreaded()
 
     def faster(linear: nn.Linear) -> nn.Module:
         weight = linear.weight
         if in_bfloat16:
             return PackedLinear(weight)
-        if "fbgemm" in torch.backends.quantized.supported_engines and (weight - weight.half().to(weight)).abs().max() <= ROUNDED:
+        if fbgemm and all(saved_in_16_bits(part) for part in weight.split(4096)):
             return Float16Linear(weight, small)
         if weight.dtype == torch.float32:
             return PackedLinear(weight) if weight.numel() >= LARGE else WeightFirstLinear(weight)
@@ -111,11 +111,22 @@ def pack(model: Llama) -> Llama:
             setattr(layer, name, faster(getattr(layer, name)))
         layer.attention_norm, layer.mlp_norm = QuickNorm(layer.attention_norm), QuickNorm(layer.mlp_norm)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:      # FBGEMM packs some 60 million weights a second in each
-        head = threads.submit(faster, model.embed if model.head is None else model.head)
-        list(threads.map(pack_layer, model.layers))
-        model.head = head.result()
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as threads:      # FBGEMM packs 60 million weights a second in each
+        head, layers = threads.submit(faster, model.head or model.embed), threads.map(pack_layer, model.layers)
+        if weight.numel() >= 2 ** 27:                                 # LLaMA 3's sizes: seconds
+            from tqdm import tqdm                                     # comes with huggingface-hub
+            layers = tqdm(layers, "packing weights", len(model.layers), leave=False, disable=None)
+        list(layers)
+        if head.result() is not model.embed:
+            model.head = head.result()
     return model
+
+
+def saved_in_16_bits(weight: Tensor) -> bool:
+    """Do float16 or bfloat16 hold these numbers, and float16 well enough?"""
+    kept = weight.half().to(weight)
+    return torch.equal(kept, weight) or (torch.equal(weight.bfloat16().to(weight), weight)
+                                         and bool((weight - kept).abs().max() <= ROUNDED))
 
 
 def unthreaded():

@@ -79,6 +79,13 @@ def test_the_choice_is_the_best_of_all():
         assert auto.pays == (auto.rate >= 1)
 
 
+def test_in_one_shape_a_plain_step_costs_a_verify_pass():
+    costs = Costs(random_model(), HOPELESS)
+    assert costs.current()["plain"] == 1
+    costs.one_shape = True
+    assert costs.current() == HOPELESS | {"plain": 3.0}
+
+
 def test_it_drafts_where_that_pays():
     model, stats = agreeable(), Stats()
     list(clasp(model, [1, 2, 3], 100, draft_length=4, auto=Auto(model, CHEAP), stats=stats))
@@ -89,7 +96,7 @@ def test_it_drafts_where_that_pays():
 def test_where_it_does_not_pay_trials_cost_no_more_than_their_share(residual):
     model, auto = random_model(residual=residual, context=2048), Auto(random_model(), HOPELESS)
     stats = Stats()
-    list(clasp(model, [1, 2, 3], 1500, draft_length=1, auto=auto, stats=stats))
+    list(clasp(model, [1, 2, 3], 1500, draft_length=1, auto=auto, stats=stats, exact=False))
     spent = stats.optimizations * HOPELESS["optimize"] + sum(
         HOPELESS["verify"] + auto.draft_time(auto.budget) if drafted else HOPELESS["plain"]
         for drafted in [True] * stats.drafted + [False] * (stats.cycles - stats.drafted))
@@ -249,6 +256,24 @@ def test_auto_is_the_default_where_the_model_suggests_nothing(capsys, tmp_path, 
     for by_hand in (["--skip-layers", "4"], ["--opt-interval", "8"], ["--draft-exit-threshold", "0.3"]):
         assert run(*by_hand)[1] == 0
     assert run(model=BUNDLED)[1] == 0                                  # it suggests settings of its own
+    (tmp_path / "generation_config.json").write_text('{"clasp": {"exit_threshold": 0.2}}')
+    assert run()[1] == 0
+
+
+def test_a_text_without_drafts_says_so(capsys, tmp_path):
+    (tmp_path / "costs.json").write_text(json.dumps(HOPELESS))
+    assert main(["--max-new-tokens", "12", "--skip-layers", "auto", "--costs", str(tmp_path / "costs.json")]) == 0
+    assert "no drafts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, measured", [
+    ([], False), (["--skip-layers", "auto"], False), (["--temperature", "0", "--skip-layers", "auto"], True),
+    (["--skip-layers", "auto", "--costs", "measured"], True), (["--temperature", "0", "--skip-layers", "4"], False)])
+def test_blocks_are_priced_by_the_clock_only_where_the_clock_decides(monkeypatch, capsys, argv, measured):
+    asked = []
+    monkeypatch.setattr("generate.block_costs", lambda model, clock: asked.append(clock) or (1, 1))
+    assert main(["--max-new-tokens", "4", "--skip-unit", "block", *argv]) == 0
+    assert asked == [measured]
 
 
 def test_blocks_are_priced_once_a_run(monkeypatch, capsys):

@@ -74,15 +74,31 @@ def test_a_stopped_run_goes_on_and_gives_the_table(tmp_path, capsys):
     assert (tmp_path / "run.md").read_text() + "\n" == table
     assert len(lines) == 1 + 7 * (1 + 2 * 3)                      # a header; for 7 prompts a reference and 2 x 3 runs
     assert bench.main(argv) == 0 and capsys.readouterr().out == table          # all there: nothing is run again
-    out.write_text("\n".join(lines[:20]) + "\n")
+    out.write_text("\n".join(lines[:21]) + "\n")                  # in the midst of a race, which is then run again, whole
     assert bench.main(argv) == 0
-    assert sorted(map(key, out.read_text().splitlines()[1:])) == sorted(map(key, lines[1:]))
+    assert sorted(map(key, out.read_text().splitlines()[1:])) == sorted(map(key, lines[1:] + lines[20:21]))
     capsys.readouterr()
     assert bench.main([*argv, "--seed", "1"]) == 2 and "another run" in capsys.readouterr().err
 
 
 def key(line):
     return str(json.loads(line)["key"])
+
+
+def test_a_race_goes_a_token_of_each_in_turn(target):
+    order = []
+
+    def method(name, count):
+        def tokens(model, prompt, most, *, stats, stop):
+            stats.prefill_seconds = 1.0
+            for i in range(count):
+                order.append(name)
+                yield i
+        return tokens
+
+    found = target.race({"long": method("long", 3), "short": method("short", 1), "none": method("none", 0)}, [1], 9)
+    assert order == ["long", "short", "long", "long"] and list(found) == ["long", "short", "none"]
+    assert all(-1 <= wall < 0 for _, wall in found.values())          # the prefill is taken off the seconds that passed
 
 
 def test_spec_bench_questions_are_grouped_and_limited(tmp_path):

@@ -6,8 +6,9 @@ import torch
 
 import packed
 from conftest import random_model
+from exact import exact_width
 from model import KVCache, RMSNorm
-from packed import Float16Linear, PackedLinear, QuickNorm, WeightFirstLinear, pack
+from packed import Float16Linear, PackedLinear, QuickNorm, WeightFirstLinear, bytes_read, pack
 
 X86 = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 FBGEMM = X86 and "fbgemm" in torch.backends.quantized.supported_engines
@@ -52,10 +53,13 @@ def test_weights_saved_in_16_bits_lie_in_16_bits_and_others_do_not(monkeypatch):
         assert {type(part) for part in (model.head, model.layers[0].qkv, model.layers[-1].down)} == {Float16Linear}
     model = pack(random_model())
     assert (type(model.head), type(model.layers[0].o)) == (PackedLinear, WeightFirstLinear)
-    model = saved_in(torch.bfloat16, random_model())
-    model.layers[2].down.weight[0, 0] = 2.0 ** 17                     # more than float16 holds
-    pack(model)
-    assert (type(model.layers[2].down), type(model.layers[3].down)) == (WeightFirstLinear, Float16Linear)
+    for dtype, other in ((torch.float32, WeightFirstLinear), (torch.bfloat16, PackedLinear if IN_BFLOAT16 else torch.nn.Linear)):
+        model = saved_in(torch.bfloat16, random_model()).to(dtype)
+        model.head = None                                             # tied
+        model.layers[2].down.weight[0, 0] = model.embed.weight[3, 3] = 2.0 ** 17           # more than float16 holds
+        pack(model)
+        assert type(model.layers[2].down) is other and logits(model, 2).shape == (2, 61)
+        assert IN_BFLOAT16 or type(model.layers[3].down) is Float16Linear
 
 
 @pytest.mark.skipif(not FBGEMM or IN_BFLOAT16, reason="no FBGEMM, or oneDNN has its own way")
@@ -64,6 +68,30 @@ def test_small_products_without_the_entrance_that_needs_no_threads(monkeypatch):
     expected = logits(model, 4)
     monkeypatch.delattr(torch, "fbgemm_linear_fp16_weight_fp32_activation")
     torch.testing.assert_close(logits(pack(model), 4), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bytes_read_are_those_of_the_matrices():
+    c = random_model().config
+    layer = c.hidden_size * (2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads) + 3 * c.intermediate_size)
+    count = c.num_hidden_layers * layer + c.hidden_size * c.vocab_size
+    assert bytes_read(random_model()) == bytes_read(pack(random_model())) == 4 * count
+    if FBGEMM:
+        assert bytes_read(pack(saved_in(torch.bfloat16, random_model()))) == 2 * count
+        tiny = random_model()
+        for weight in tiny.parameters():
+            weight.data *= 2.0 ** -14                                 # true float32, all of it below what float16 tells apart well
+        assert bytes_read(pack(tiny)) == 4 * count
+
+
+@pytest.mark.skipif(not FBGEMM, reason="no FBGEMM")
+def test_a_width_is_asked_of_every_kind_of_layer(monkeypatch):
+    model, asked = saved_in(torch.bfloat16, random_model()), []
+    model.layers[2].down.weight[0, 0] = 1 + 2.0 ** -20                # not of 16 bits: this layer is computed by other kernels
+    pack(model)
+    for i, layer in enumerate(model.layers):
+        layer.register_forward_hook(lambda *_, i=i: asked.append(i))
+    exact_width(model, 5)
+    assert set(asked) == {2, 5}
 
 
 def test_quick_norm_is_rms_norm():

@@ -34,7 +34,7 @@ def situations(draw):
     prompt = draw(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20))
     room = CONTEXT - len(prompt)
     count = draw(st.sampled_from([1, 2, 7, room - 1, room]) | st.integers(1, room))
-    block = draw(st.sampled_from([4, 8, 16, 256]))
+    block = draw(st.sampled_from([4, 8, 16, 128]))
     return model, prompt, count, dict(
         skip_layers=draw(st.integers(0, layers - 1)), draft_length=draw(st.integers(1, min(7, block - 1))),
         exit_threshold=draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 1)),

@@ -216,7 +216,7 @@ def sweep(args, model, encode):
         methods = plain | {name: grid[name] for name in dict.fromkeys(best.values())} | {"clasp": target.clasp, "auto": target.auto()}
         options.repeat = args.repeat
         lines = bench.interleave(target, options, methods, fresh, [temperature], {})
-        print(f"\ntemperature {temperature:g}\n\n| group | best of {len(grid)} fixed settings | its speedup | clasp's defaults | auto "
+        print(f"\ntemperature {temperature:g}\n\n| group | best of {len(grid)} fixed settings | its speedup | the model's settings | auto "
               "| auto / best |\n|---|---|---|---|---|---|")
         for group, name in best.items():
             fixed, own, auto = (bench.summary(lines, method, temperature, group).speedup for method in (name, "clasp", "auto"))
