@@ -159,8 +159,10 @@ def test_out_of_memory_says_what_to_lower(capsys, monkeypatch):
 
 
 def start(*argv):
+    """A child that hears Ctrl-C, even where these tests run in the background of a shell, which ignores it."""
     return subprocess.Popen([sys.executable, "-u", ROOT / "generate.py", "--max-new-tokens", "450", "--prompt", "The king", *argv],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 @pytest.mark.parametrize("argv", [[], ["--method", "autoregressive"]], ids=str)
