@@ -216,8 +216,8 @@ def sweep(args, model, encode):
         methods = plain | {name: grid[name] for name in dict.fromkeys(best.values())} | {"clasp": target.clasp, "auto": target.auto()}
         options.repeat = args.repeat
         lines = bench.interleave(target, options, methods, fresh, [temperature], {})
-        print(f"\ntemperature {temperature:g}\n\n| group | best of {len(grid)} fixed settings | its speedup | the model's settings | auto "
-              "| auto / best |\n|---|---|---|---|---|---|")
+        print(f"\ntemperature {temperature:g}\n\n| group | best of {len(grid)} fixed settings | its speedup | the model's settings "
+              "| auto | auto / best |\n|---|---|---|---|---|---|")
         for group, name in best.items():
             fixed, own, auto = (bench.summary(lines, method, temperature, group).speedup for method in (name, "clasp", "auto"))
             print(f"| {group or 'overall'} | {name} | {fixed:.2f}x | {own:.2f}x | {auto:.2f}x | {auto / fixed:.3f} |", flush=True)
