@@ -32,9 +32,9 @@ FAST_TESTS = ["test_fast_calls_each_layer_once_on_at_most_budget_rows"]
 PAST_THE_PAPER = {"auto", "costs", "parts"}
 PAST_TESTS = "test_auto.py"
 COST_TESTS = ["survivors_by_sum", "test_costs_that_differ", "test_costs_must_be_one_a_layer_and_at_least_1"]
+PACKED_TESTS = "test_packed.py"
 
 # A file that gives problem 1 away by a faster way of writing it; decoding is right without it, and generate.py wants its name.
-PACKED_TESTS = "test_packed.py"
 SLOW_PACKED = '''"""The project's own file makes products of few rows faster, and shows how a norm is written: this one changes nothing."""
 
 
