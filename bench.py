@@ -2,7 +2,6 @@
 
     pip install optuna matplotlib                        this program's own packages (search; figures)
     python bench.py --out bench.jsonl                    the table, on the bundled model and our own prompts
-    python bench.py --questions question.jsonl --model FOLDER          on Spec-Bench's questions
     python bench.py --figures results/figures            the figures of the paper's sections 3 and 5, and two more
     python bench.py --speed steps.md                     the cost of a draft token, a verify pass, a DP (pip install transformers)
     python bench.py --synthetic llama3-8b                random weights of that shape: true speed, no sense
@@ -224,8 +223,6 @@ def methods_of(target, names: list[str], seed: int) -> dict:
     return {name: make[name]() for name in dict.fromkeys(["autoregressive", *names])}
 
 
-# ---------------------------------------------------------------------------- the table
-
 def read_questions(args) -> list[tuple[str, str, list[str]]]:
     """(id, group, turns): Spec-Bench's file, or our own prompts; at most --limit of each group."""
     questions = [(f"{group} {i}", group, [text]) for group, texts in PROMPTS.items() for i, text in enumerate(texts)]
@@ -235,7 +232,7 @@ def read_questions(args) -> list[tuple[str, str, list[str]]]:
             questions = [(str(q["question_id"]), GROUP.get(q["category"], "chat"), list(q["turns"])) for q in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(f"{args.questions}: not Spec-Bench's question.jsonl ({error!r})") from None
-    require(min(args.limit or 1, args.repeat) >= 1, "--limit and --repeat must be at least 1")
+    require(args.limit != 0 and min(args.limit or 1, args.repeat) >= 1, "--limit and --repeat must be at least 1")
     groups = {group: [question for question in questions if question[1] == group] for _, group, _ in questions}
     return [q for all in groups.values() for q in (all[::max(1, len(all) // args.limit)][:args.limit] if args.limit else all)]
 
@@ -244,12 +241,17 @@ class Results(dict):
     """Lines by key. A new one is appended to a JSONL file at once, from which a stopped run takes what it has done."""
 
     def __init__(self, path: Path, header: dict):
-        self.file = open(path, "a+", buffering=1)                       # a line goes out when it ends
-        self.file.seek(0)
-        super().__init__((tuple(line["key"]), line) for line in map(json.loads, self.file))
+        text = path.read_bytes() if path.exists() else b""
+        whole = text[:text.rfind(b"\n") + 1]                            # a last line that was cut short is made again
+        try:
+            super().__init__((tuple(line["key"]), line) for line in map(json.loads, whole.splitlines()))
+        except (ValueError, KeyError, TypeError):
+            self.clear()
+        require(not text or self.get(("header",)) == header, f"{path} holds another run: move it away or use another --out")
+        self.file = open(path, "a", buffering=1)                        # a line goes out when it ends
+        self.file.truncate(len(whole))
         if not self:
             self["header",] = header
-        require(self.get(("header",)) == header, f"{path} holds another run: move it away or use another --out")
 
     def __setitem__(self, key, line):
         super().__setitem__(key, line)
@@ -536,8 +538,6 @@ def figures(target, args, questions) -> str:
             say(f"  {args.figures / name}.png, .csv")
     return "\n".join(out) + "\n"
 
-
-# ---------------------------------------------------------------------------- the command line
 
 def numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]

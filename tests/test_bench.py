@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 import bench  # noqa: E402
 from conftest import DEVICE  # noqa: E402
 from model import Config  # noqa: E402
-from speculative import autoregressive  # noqa: E402
+from speculative import SettingsError, autoregressive  # noqa: E402
 
 TINY = ["--device", DEVICE, "--limit", "1", "--repeat", "2", "--max-new-tokens", "16"]
 
@@ -74,11 +74,13 @@ def test_a_stopped_run_goes_on_and_gives_the_table(tmp_path, capsys):
     assert (tmp_path / "run.md").read_text() + "\n" == table
     assert len(lines) == 1 + 7 * (1 + 2 * 3)                      # a header; for 7 prompts a reference and 2 x 3 runs
     assert bench.main(argv) == 0 and capsys.readouterr().out == table          # all there: nothing is run again
-    out.write_text("\n".join(lines[:21]) + "\n")                  # in the midst of a race, which is then run again, whole
+    out.write_text("\n".join(lines[:22])[:-9])                    # in the midst of a line, and of a race: that is run again, whole
     assert bench.main(argv) == 0
     assert sorted(map(key, out.read_text().splitlines()[1:])) == sorted(map(key, lines[1:] + lines[20:21]))
     capsys.readouterr()
     assert bench.main([*argv, "--seed", "1"]) == 2 and "another run" in capsys.readouterr().err
+    out.write_text("a shopping list\nmilk")
+    assert bench.main(argv) == 2 and "another run" in capsys.readouterr().err and out.read_text() == "a shopping list\nmilk"
 
 
 def key(line):
@@ -107,6 +109,8 @@ def test_spec_bench_questions_are_grouped_and_limited(tmp_path):
     read = bench.read_questions(bench.arguments(["--questions", str(tmp_path / "q.jsonl"), "--limit", "4"]))
     assert [group for _, group, _ in read].count("chat") == 4 and [group for _, group, _ in read].count("rag") == 4
     assert read[0][2] == ["one", "two"]
+    with pytest.raises(SettingsError, match="--limit"):
+        bench.read_questions(bench.arguments(["--limit", "0"]))
 
 
 def test_a_synthetic_model_runs_and_says_so(tmp_path, capsys, monkeypatch):
