@@ -1,7 +1,7 @@
 """Is it faster, and faster than what? The paper's table and figures, measured on your machine and model.
 
     pip install optuna matplotlib                        this program's own packages (search; figures)
-    python bench.py --out bench.jsonl                    the table, on the bundled model and our own prompts
+    python bench.py                                      the table, on the bundled model and our own prompts
     python bench.py --figures results/figures            the figures of the paper's sections 3 and 5, and two more
     python bench.py --speed steps.md                     the cost of a draft token, a verify pass, a DP (pip install transformers)
     python bench.py --synthetic llama3-8b                random weights of that shape: true speed, no sense
@@ -198,14 +198,17 @@ class Swift(Search):
 
 def prompt_lookup(target, model, prompt, count, *, stats, temperature=0.0, **common):
     """Drafts what followed the last 3, 2 or 1 tokens where they stood before; nothing is skipped, nothing computed."""
+    ends, known = {}, 0                                        # of all such tokens, where they last ended; of those before
+
     def drafter(model, cache, token, skip, length, go_on, choose, stop):
+        nonlocal known
         text = [*prompt, *stats.tokens]
-        ends = (i + n for n in (3, 2, 1) for i in range(len(text) - n - 1, -1, -1) if text[i:i + n] == text[-n:])
-        end = next(ends, len(text))
+        ends.update({tuple(text[end - n:end]): end for end in range(known, len(text)) for n in (1, 2, 3) if n <= end})
+        known, end = len(text), next((ends[last] for n in (3, 2, 1) if (last := tuple(text[-n:])) in ends), len(text))
         found = text[end:end + length]
         found = found[:next((i + 1 for i, t in enumerate(found) if t in stop), len(found))]
-        certain = F.one_hot(torch.tensor(found, dtype=torch.long, device=model.embed.weight.device), model.config.vocab_size)
-        return found, list(certain.float()) if temperature else [None] * len(found)
+        certain = torch.tensor(found, dtype=torch.long, device=model.embed.weight.device)
+        return found, list(F.one_hot(certain, model.config.vocab_size).float()) if temperature else [None] * len(found)
 
     return target.fixed(())(model, prompt, count, stats=stats, temperature=temperature, drafter=drafter, **common)
 
@@ -232,7 +235,7 @@ def read_questions(args) -> list[tuple[str, str, list[str]]]:
             questions = [(str(q["question_id"]), GROUP.get(q["category"], "chat"), list(q["turns"])) for q in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(f"{args.questions}: not Spec-Bench's question.jsonl ({error!r})") from None
-    require(args.limit != 0 and min(args.limit or 1, args.repeat) >= 1, "--limit and --repeat must be at least 1")
+    require(args.limit != 0 and min(args.limit or 1, args.repeat, len(questions)) >= 1, "--limit, --repeat or questions below 1")
     groups = {group: [question for question in questions if question[1] == group] for _, group, _ in questions}
     return [q for all in groups.values() for q in (all[::max(1, len(all) // args.limit)][:args.limit] if args.limit else all)]
 
@@ -250,7 +253,7 @@ class Results(dict):
         require(not text or self.get(("header",)) == header, f"{path} holds another run: move it away or use another --out")
         self.file = open(path, "a", buffering=1)                        # a line goes out when it ends
         self.file.truncate(len(whole))
-        if not self:
+        if not text:
             self["header",] = header
 
     def __setitem__(self, key, line):
@@ -278,9 +281,10 @@ def ask(target, args, questions, results: dict) -> list[Prompt]:
 
 def interleave(target, args, methods: dict, prompts: list[Prompt], temperatures, results: dict) -> list[dict]:
     """Every prompt by every method, token by token in turn (graphs: one after the other), --repeat times: a line each."""
-    warm = (prompts[0].tokens, args.max_new_tokens) if args.cuda_graphs else (target.encode(HELD_OUT[:1]), 16)
-    for method in methods.values():                                     # first passes are slow, and graphs are captured
-        target.run(method, *warm)
+    texts = sorted((p.tokens for p in prompts), key=len, reverse=True) if args.cuda_graphs else []      # graphs are captured
+    warm = [(method, text, args.max_new_tokens) for text in texts for method in methods.values() if not isinstance(method, Swift)]
+    for method, *work in warm + [(method, target.encode(HELD_OUT[:1]), 16) for method in methods.values()]:
+        target.run(method, *work)                                       # first passes are slow
     together = [[name] for name in methods] if args.cuda_graphs else [list(methods)]            # a graph belongs to one cache
     jobs, lines = list(itertools.product(temperatures, prompts, range(args.repeat), together)), []
     for temperature, prompt, repeat, names in tqdm(jobs, unit="race", smoothing=0, mininterval=1 if sys.stderr.isatty() else 60):
@@ -314,9 +318,8 @@ def summary(lines: list[dict], method: str, temperature: float = 0.0, group: str
     s.tau, s.g, s.accepted_share = s.new_tokens / s.cycles, s.drafted / s.cycles, s.accepted / max(1, s.drafted)
     s.pass_seconds = (s.verify_seconds or s.seconds) / s.cycles
     s.c = s.draft_seconds / max(1, s.drafted) / s.pass_seconds
-    s.bound = s.tau / (1 + s.g * s.c)
+    s.bound, s.rest = s.tau / (1 + s.g * s.c), 1 - s.seconds / s.wall
     s.draft, s.verify, s.optimize = s.draft_seconds / s.wall, s.verify_seconds / s.wall, s.optimize_seconds / s.wall
-    s.rest = 1 - s.seconds / s.wall
     return s
 
 
@@ -329,8 +332,8 @@ def table(target, args, questions) -> str:
     """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; where CLaSp's time goes; and all as CSV."""
     require(args.out.suffix == ".jsonl", "--out must end in .jsonl: the table goes beside it as .md and .csv")
     methods = methods_of(target, args.methods, args.seed)
-    results = Results(args.out, {"key": ["header"], "model": target.name, "where": target.where, "settings": target.settings,
-                                 "seed": args.seed, "max_new_tokens": args.max_new_tokens})
+    results = Results(args.out, {"key": ["header"], "model": target.name, "where": target.where, "settings": target.settings} | {
+        name: str(vars(args)[name]) for name in ("seed", "max_new_tokens", "questions", "cuda_graphs")})
     searches = [line["search"] for line in results.values() if "search" in line]
     if searches and "swift" in methods:                                 # take its search up where it was
         methods["swift"].best, methods["swift"].score, methods["swift"].left = searches[-1]
@@ -399,7 +402,7 @@ def steps(target, prompt: list[int], repeat: int) -> dict[str, float]:
 def speed(target, args, questions) -> str:
     """What each step costs beside a plain one, and a plain one beside reading its weights and beside transformers."""
     model, prompt, count, weight = target.model, target.encode(questions[-1][2][:1]), 48, target.model.embed.weight
-    t, big = steps(target, prompt, max(args.repeat, 9)), torch.zeros(2 ** 26, device=weight.device)
+    t, big = steps(target, prompt, max(args.repeat, 9)), torch.zeros(2 ** (26 if weight.is_cpu else 28), device=weight.device)
     work = {"read": big.sum}
     if target.text:
         from transformers import AutoModelForCausalLM
@@ -414,8 +417,8 @@ def speed(target, args, questions) -> str:
            "interleaved runs.\n\n| | time | plain steps | verify passes |\n|---|---|---|---|",
            *(f"| {name} | {1e3 * s:.2f} ms | {s / step:.2f} | {s / t['verify pass']:.2f} |" for name, s in t.items()),
            f"\nA plain step reads {target.bytes / 1e6:.0f} MB at {target.bytes / step / 1e9:.1f} GB/s; the best of "
-           f"{len(pairs['read'])} sums over 268 MB read {best / 1e9:.1f} GB/s: {target.bytes / step / best:.2f} of it. A draft "
-           f"token costs {t['draft token'] / share:.2f} of its share of the layers and the head."]
+           f"{len(pairs['read'])} sums over {big.nbytes / 1e6:.0f} MB read {best / 1e9:.1f} GB/s: {target.bytes / step / best:.2f} "
+           f"of it. A draft token costs {t['draft token'] / share:.2f} of its share of the layers and the head."]
     if target.text:
         ratio = statistics.median(theirs / ours for theirs, ours in zip(pairs["theirs"], pairs["ours"]))
         out.append(f"\nPlain decoding is {ratio:.2f}x as fast as transformers' generate ({count} tokens after 4, "
@@ -459,13 +462,13 @@ def persistence(target, args, prompts):
     yield "skipped_layers", skipped, draw
 
 
-def markov(target, args, prompts, size: int = 10):
+def markov(target, args, prompts):
     """Fig. 3b: on a window of layers, all others run: cosine of the best of all sets, the programme's set, all sets' mean."""
-    first, found, styles = (target.layers - size) // 2, [], {"brute force": "k--", "dynamic programme": "C0o-", "random": "C3s-"}
+    first, found, styles = max(0, target.layers - 10) // 2, [], {"brute force": "k--", "dynamic programme": "C0o-", "random": "C3s-"}
     for prompt in prompts[:6]:
         cache = KVCache(target.model, len(prompt.tokens), 64)
         hidden = prefill(target.model, cache, prompt.tokens)
-        layer, part = candidate_layer(target.model, cache, 64), hidden[first:first + size + 1]
+        size, layer, part = min(10, target.layers), candidate_layer(target.model, cache, 64), hidden[first:first + 11]
         by_dp = select_layers(lambda i, rows: layer(first + i, rows), part, size)
         states, skipped = part[:1], torch.zeros(1, dtype=torch.long)
         for i in range(size):                                   # every set: each layer runs on all, and is left out of all
@@ -539,10 +542,6 @@ def figures(target, args, questions) -> str:
     return "\n".join(out) + "\n"
 
 
-def numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
-
-
 def arguments(argv: list[str] | None):
     """Of each option: name, type or choices, default, what it is."""
     parser = Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
@@ -553,8 +552,9 @@ def arguments(argv: list[str] | None):
             ("questions", Path, None, "Spec-Bench's question.jsonl; default: our own prompts"),
             ("limit", int, None, "questions of each group; default: all"), ("repeat", int, 3, "runs of everything timed"),
             ("methods", lambda text: text.split(","), "clasp,auto,self-sd,swift,even,random,prompt-lookup", "rows of the table"),
-            ("temperatures", numbers, "0,1", "0 is greedy"), ("max-new-tokens", int, 128, "for each question"),
-            ("seed", int, 0, "of samples, searches and the random set"), ("device", str, None, "cpu, cuda, cuda:N or mps"),
+            ("temperatures", lambda text: [*map(float, text.split(","))], "0,1", "0 is greedy"),
+            ("max-new-tokens", int, 128, "for each question"), ("seed", int, 0, "of samples, searches and the random set"),
+            ("device", str, None, "cpu, cuda, cuda:N or mps"),
             ("dtype", ["float32", "bfloat16", "float16"], None, "default: float32 on the CPU, bfloat16 elsewhere"),
             ("skip-layers", int, None, "default for this and the next three: what the model suggests, else the paper's half"),
             ("draft-length", int, None, None), ("exit-threshold", float, None, None), ("opt-interval", int, None, None),

@@ -18,28 +18,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dp_skip import Layer
-from model import BLOCK, KVCache, Llama, attention
+from model import BLOCK, KVCache, Llama
+from packed import attend_folded
 
 FEW = 16                      # rows; passes of more, the prompt's, run without graphs unless their width is fixed
-MOST_PASSES = 48              # kinds of passes kept per cache: some 10 KB of the GPU for each kernel of each layer
-
-
-def folded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What model.attention computes, for CUDA: its fast kernels take no mask together with query groups.
-
-    The heads of a group become rows of one head, so nothing is repeated but the mask, which may come so already.
-    """
-    rows, groups = q.shape[2], q.shape[1] // k.shape[1]
-    if mask is None and rows > 1:                              # causal from slot 0: there is a kernel for that
-        return attention(q, k, v, mask)
-    if mask is not None and len(mask) < groups * rows:
-        mask = mask.repeat(groups, 1)
-    q_rows = q.reshape(len(q), k.shape[1], groups * rows, -1)
-    return F.scaled_dot_product_attention(q_rows, k, v, attn_mask=mask).reshape(q.shape)
+MOST_PASSES = 64              # kinds of passes kept per cache: some 10 KB of the GPU for each kernel of each layer
 
 
 class Rows:
@@ -90,8 +76,8 @@ class GraphedLlama:
 
     Graphs are captured when first needed, which takes as long as some passes do: time a second text, not the first.
     Hidden states and logits that come from a graph hold until the next pass of as many rows. The layers of the wrapped
-    model take ``folded_attention`` from now on. A new cache gets the memory, and so the graphs, of one that is gone and was
-    as large.
+    model take ``packed.folded_attention`` from now on. A new cache gets the memory, and so the graphs, of one that is gone and
+    was as large.
     """
 
     def __init__(self, model: Llama):
@@ -99,8 +85,7 @@ class GraphedLlama:
         self.device, self.block_costs, self.parts = model.embed.weight.device, None, model.layers
         self.rows, self.captures = {}, 0
         self.homes, self.empty = weakref.WeakKeyDictionary(), []             # of caches in use; of those gone
-        for layer in self.layers:
-            layer.attend = folded_attention
+        attend_folded(model)
         if self.device.type == "cuda":
             self.stream, self.pool = torch.cuda.Stream(self.device), torch.cuda.graph_pool_handle()
 
@@ -169,10 +154,12 @@ class GraphedLlama:
     def begin(self, cache: KVCache, rows: int, end: int, tokens: Tensor | None = None, position: int | None = None) -> Pass:
         """A pass whose rows take the slots from cache.length on, ready for its first layer.
 
-        end: it looks over the slots before it, and up to its block's last. position: of all rows; None, each at its slot.
+        end: it looks over the slots before it, and some after it: four lengths from one power of two to the next, so that a
+        long text asks for few kinds of passes. position: of all rows; None, each at its slot.
         """
-        home = self.home_of(cache)
-        key = rows, min(-(-end // BLOCK) * BLOCK, home.capacity)
+        home, blocks = self.home_of(cache), -(-end // BLOCK)
+        step = BLOCK * max(1, 2 ** (blocks - 1).bit_length() // 8)
+        key = rows, min(-(-end // step) * step, home.capacity)
         if rows not in self.rows:
             self.rows[rows] = Rows(self.model, rows)
         if key not in home.passes:

@@ -64,7 +64,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "decoding's to the last bit; --no-exact saves the padding; default: yes, but with auto in 16 bits only")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="default: float32 on the CPU, bfloat16 elsewhere")
-    add("--cuda-graphs", action="store_true", help="replay layers from CUDA graphs; needs an NVIDIA GPU")
+    add("--cuda-graphs", action="store_true", help="replay layers from CUDA graphs; needs an NVIDIA GPU; slow while it records")
     add("--chat", action="store_true", help="wrap the prompt in the model's own chat template")
     add("--compare", action="store_true", help="also decode autoregressively: both speeds, same tokens?")
     add("--show-drafts", action="store_true", help="colour each token by who wrote it")
@@ -230,9 +230,8 @@ def say(line: str, end="\n"):
     print(line, file=sys.stderr, end=end, flush=True)
 
 
-def report(args, stats: Stats, parts: int):
+def report(args, s: Stats, parts: int):
     """Statistics in a few lines on standard error."""
-    s = stats
     say(f"{args.method}: {s.new_tokens} tokens in {s.seconds:.2f} s, {s.tokens_per_second:.1f} tokens/s "
         f"(prompt: {s.prefill_seconds:.2f} s)")
     if args.method == "clasp" and s.cycles:
@@ -274,9 +273,8 @@ def compare(args, model: Llama, decode: Callable[..., Iterator[int]], prompt: li
                    f"identical to plain decoding in passes of the same width: {'yes, so rounding chose' if same else 'no'}")
     say(f"autoregressive: {plain.new_tokens} tokens in {plain.seconds:.2f} s, {plain.tokens_per_second:.1f} tokens/s")
     say(f"speedup {speedup:.2f}x; identical: {verdict}")
-    return {"autoregressive": {"tokens": plain.tokens, "seconds": plain.seconds,
-                               "tokens_per_second": plain.tokens_per_second},
-            "speedup": speedup, "identical": identical, **difference}
+    plainly = {name: getattr(plain, name) for name in ("tokens", "seconds", "tokens_per_second")}
+    return {"autoregressive": plainly, "speedup": speedup, "identical": identical, **difference}
 
 
 def as_json(args, model: Llama, prompt: list[int], text: str, stats: Stats, comparison: dict) -> str:

@@ -11,7 +11,7 @@ what one does, and that is what speculative decoding lives on. Remedies, see res
 * Of true float32 weights, large matrices are packed so too. Small ones, where oneDNN's overhead of some 20 us a call
   shows, stay as they are, but stand on the left: MKL computes (W x^T)^T up to twice as fast as x W^T.
 
-All that is not on an x86 CPU stays with nn.Linear.
+All that is not on an x86 CPU stays with nn.Linear. On CUDA attention is exchanged, see ``folded_attention``.
 """
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import Llama, RMSNorm
+from model import Llama, RMSNorm, attention
 
 LARGE = 2 ** 18               # numbers in a float32 matrix from which on oneDNN is faster than MKL
 FEW = 12                      # rows up to which MKL is faster with the weight on the left
@@ -80,17 +80,44 @@ class WeightFirstLinear(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if not 1 < x.shape[1] <= FEW:
+        if len(x) > 1 or not 1 < x.shape[1] <= FEW:
             return F.linear(x, self.weight)
         return torch.mm(self.weight, x[0].t()).t().contiguous()[None]
 
 
+def folded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What model.attention computes, for CUDA: its fast kernels take no mask together with query groups.
+
+    The heads of a group become rows of one head, so nothing is repeated but the mask, which may come so already.
+    """
+    rows, groups = q.shape[2], q.shape[1] // k.shape[1]
+    if mask is None and rows > 1:                              # causal from slot 0: there is a kernel for that
+        return attention(q, k, v, mask)
+    if mask is not None and len(mask) < groups * rows:
+        mask = mask.repeat(groups, 1)
+    q_rows = q.reshape(len(q), k.shape[1], groups * rows, -1)
+    return F.scaled_dot_product_attention(q_rows, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def attend_folded(model: Llama):
+    """Let all layers take ``folded_attention``; and no attention of cuDNN's, in this whole process.
+
+    PyTorch prefers that on some GPUs, but it plans anew, for tens of milliseconds, at every new number of slots: at each token.
+    """
+    for layer in model.layers:
+        layer.attend = folded_attention
+    if model.embed.weight.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def pack(model: Llama) -> Llama:
-    """The same model, made faster in place for inference with batch 1 on an x86 CPU; elsewhere untouched.
+    """The same model, made faster in place for inference with batch 1, on an x86 CPU or CUDA; elsewhere untouched.
 
     A packed layer has no weight to look at or save. A tied head becomes a matrix of its own beside the embedding.
     """
     weight = model.embed.weight
+    if weight.device.type == "cuda":
+        attend_folded(model)
     if weight.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()):
         return model
     in_bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

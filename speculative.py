@@ -100,9 +100,9 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     go_on = auto.go_on if auto else lambda confidence: confidence >= exit_threshold
     choose = partial(pick, temperature=temperature, top_p=top_p, rng=rng)
 
-    start = now()
     width = exact_width(model, draft_length + 1) if exact else None
     rows = max(width or draft_length + 1, budget)                     # of a pass, and of the programme
+    start = now()
     cache = cache or KVCache(model, len(prompt) + max_new_tokens, rows)
     require_room(cache, prompt, max_new_tokens, rows)
     hidden = prefill(model, cache, prompt[cache.length:-1])
@@ -120,6 +120,8 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
         drafted, q = [], []
         if auto:
             skip, most = auto.plan()
+            if most and skip != (stats.skip_sets or [(0, None)])[-1][1]:        # another, without a run of the programme
+                stats.skip_sets.append((stats.new_tokens, skip))
         if skip is not None:       # else the prompt was one token: no state yet to choose layers from
             length = min(most, draft_length, max_new_tokens - stats.new_tokens - 1)   # the verifier adds one of its own
             if exact:
@@ -163,8 +165,8 @@ def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, widt
     """
     stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed)
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
-    start = now()
     width = width and exact_width(model, width)
+    start = now()
     cache = cache or KVCache(model, len(prompt) + max_new_tokens, width or 1)
     require_room(cache, prompt, max_new_tokens, width or 1)
     prefill(model, cache, prompt[cache.length:-1])
@@ -198,8 +200,7 @@ def optimize(model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=s
     is only read; the ``budget`` slots behind it are used, and left clean: masked as they are for the next pass,
     a NaN there, from a candidate that overflowed, would be one in every sum it is multiplied by 0 into.
     """
-    layer = getattr(model, "candidate_layer", partial(candidate_layer, model))(cache, budget)     # cuda_graphs.py has its own
-    selection = select(layer, hidden, budget)
+    selection = select(candidate_layer(model, cache, budget), hidden, budget)
     cache.slots[..., cache.length:cache.length + budget, :] = 0
     return selection
 
@@ -210,6 +211,8 @@ def candidate_layer(model: Llama, cache: KVCache, rows: int) -> Layer:
     A candidate stands at that token's position p. It sees the true keys and values before p, not those at
     p, which belong to the true state, and its own: each has a slot to itself behind the valid ones.
     """
+    if hasattr(model, "candidate_layer"):                             # cuda_graphs.py has its own
+        return model.candidate_layer(cache, rows)
     n, parts = cache.length, model.parts
     cos, sin = cache.cos[n - 1:n], cache.sin[n - 1:n]                 # one position for all rows
     mask = torch.full((rows, n + rows), -torch.inf, dtype=cos.dtype, device=cos.device)
@@ -237,12 +240,11 @@ def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], lengt
     try:
         while len(tokens) < length:
             logits = model.logits(model(as_row(model, [token]), cache, skip)[-1])[0, 0]
-            drawn, q = choose(logits.nan_to_num())
+            drawn, q = choose(logits)
             drawn, confidence = torch.stack((drawn, logits.float().softmax(-1).max())).tolist()    # waits for the device
             if math.isnan(confidence):                 # fewer layers may overflow float16 where all do not
                 break
-            token = int(drawn)
-            tokens.append(token)
+            tokens.append(token := int(drawn))
             distributions.append(q)
             if not go_on(confidence) or token in stop:
                 break
@@ -289,7 +291,7 @@ def pick(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator)
     """One token () from logits (vocabulary,), and the distribution it was drawn from (None when greedy)."""
     if temperature == 0:
         return logits.argmax(), None
-    q = distribution(logits, temperature, top_p)
+    q = distribution(logits.nan_to_num(), temperature, top_p)         # a draft may overflow, and is then dropped
     return torch.multinomial(q, 1, generator=rng)[0], q
 
 

@@ -20,6 +20,8 @@ settings.register_profile("thorough", max_examples=5000, deadline=None)
 settings.load_profile("default")
 
 DEVICE = os.environ.get("CLASP_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""           # the programs would take a GPU that is there
 BUNDLED = ROOT / "checkpoints" / "fairy-tales"
 REAL = os.environ.get("CLASP_REAL_MODEL")
 

@@ -1,15 +1,18 @@
 """bench.py: every method writes the whole model's text, searches search, a stopped run goes on, figures are drawn."""
 import json
+import random
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 
 import bench  # noqa: E402
-from conftest import DEVICE  # noqa: E402
+from conftest import DEVICE, random_model  # noqa: E402
+from cuda_graphs import GraphedLlama  # noqa: E402
 from model import Config  # noqa: E402
 from speculative import SettingsError, autoregressive  # noqa: E402
 
@@ -37,6 +40,19 @@ def test_every_method_writes_the_whole_models_greedy_text(target):
 def test_prompt_lookup_drafts_what_followed_before(target):
     stats, _ = target.run(partial(bench.prompt_lookup, target), [5, 6, 7, 8, 9] * 6, 40)
     assert stats.drafted > 0 and stats.skip_sets[0][1] == frozenset()
+
+
+def test_prompt_lookup_finds_the_last_place_of_the_longest_match():
+    chance, stats = random.Random(0), SimpleNamespace(tokens=[])
+    prompt = [chance.randrange(4) for _ in range(9)]
+    fixed = SimpleNamespace(fixed=lambda skip: lambda *_, drafter, **options: drafter)
+    drafter = bench.prompt_lookup(fixed, None, prompt, 99, stats=stats)
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=4), embed=SimpleNamespace(weight=torch.zeros(1)))
+    for _ in range(100):
+        text = prompt + stats.tokens
+        places = [i + n for n in (3, 2, 1) for i in range(len(text) - n - 1, -1, -1) if text[i:i + n] == text[-n:]]
+        assert drafter(model, None, text[-1], (), 4, None, None, ())[0] == (text[places[0]:places[0] + 4] if places else [])
+        stats.tokens += [chance.randrange(4) for _ in range(chance.randint(1, 4))]
 
 
 def better_than_at_random(search, startup):
@@ -78,7 +94,8 @@ def test_a_stopped_run_goes_on_and_gives_the_table(tmp_path, capsys):
     assert bench.main(argv) == 0
     assert sorted(map(key, out.read_text().splitlines()[1:])) == sorted(map(key, lines[1:] + lines[20:21]))
     capsys.readouterr()
-    assert bench.main([*argv, "--seed", "1"]) == 2 and "another run" in capsys.readouterr().err
+    for other in (["--seed", "1"], ["--cuda-graphs"]):
+        assert bench.main([*argv, *other]) == 2 and "another run" in capsys.readouterr().err
     out.write_text("a shopping list\nmilk")
     assert bench.main(argv) == 2 and "another run" in capsys.readouterr().err and out.read_text() == "a shopping list\nmilk"
 
@@ -132,10 +149,36 @@ def test_all_figures_are_drawn_with_their_numbers(tmp_path):
     assert all(len(p.read_text().splitlines()) > 1 for p in tmp_path.glob("*.csv"))
 
 
+def test_the_window_of_figure_3b_fits_small_models_and_graphs():
+    model = random_model(layers=6)
+    for model in (model, GraphedLlama(model)):
+        target = SimpleNamespace(model=model, layers=6)
+        (_, rows, _), = bench.markov(target, None, [SimpleNamespace(tokens=[1, 2, 3])])
+        assert len(rows) == 7 and rows[0]["brute force"] == pytest.approx(1)
+        assert all(row["brute force"] >= row["dynamic programme"] - 1e-6 and row["brute force"] >= row["random"] for row in rows)
+
+
+def test_with_graphs_every_prompt_is_warmed_before_it_is_timed(target, monkeypatch):
+    """On a GPU what is not yet recorded is recorded then, which takes as long as many tokens do."""
+    prompts = [bench.Prompt(str(i), 0, "chat", [5] * length, []) for i, length in enumerate((3, 300, 150))]
+    graphed, timed = SimpleNamespace(model=GraphedLlama(random_model(context=512)), stop=(), encode=lambda texts: [1, 2, 3]), []
+
+    def race(*work, **settings):
+        before = graphed.model.captures
+        found = bench.Target.race(graphed, *work, **settings)
+        timed.append(graphed.model.captures - before)
+        return found
+
+    graphed.race, graphed.run = race, lambda method, *work: bench.Target.race(graphed, {"": method}, *work)
+    methods = {"autoregressive": autoregressive, "clasp": partial(bench.clasp, skip_layers=3, draft_length=3)}
+    bench.interleave(graphed, bench.arguments(["--cuda-graphs", "--max-new-tokens", "12", "--repeat", "1"]), methods, prompts, [0.0], {})
+    assert timed == 6 * [0]
+
+
 @pytest.mark.parametrize("argv, word", [
-    (["--methods", "magic"], "unknown methods magic"), (["--temperatures", "hot"], "numbers"), (["--questions", "/no"], "question.jsonl"),
+    (["--methods", "magic"], "unknown methods magic"), (["--temperatures", "hot"], "temperatures"), (["--questions", "/no"], "question.jsonl"),
     (["--model", "/no"], "no folder"), (["--synthetic", "gpt"], "invalid choice"), (["--skip-layers", "20"], "fewer than"),
-    (["--skip-layers", "25"], "fewer than"), (["--repeat", "0"], "at least 1"), (["--out", "x.md"], ".jsonl"),
+    (["--skip-layers", "25"], "fewer than"), (["--repeat", "0"], "below 1"), (["--out", "x.md"], ".jsonl"),
     (["--out", "/no/x.jsonl"], "No such file")])
 def test_mistakes_are_one_line(tmp_path, capsys, argv, word):
     assert bench.main([*TINY, "--out", str(tmp_path / "x.jsonl"), *argv]) == 2

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 import cuda_graphs
 from auto import Auto
 from conftest import DEVICE, feed, random_model, tokens_of
-from cuda_graphs import GraphedLlama, folded_attention
+from cuda_graphs import GraphedLlama
 from dp_skip import Selection, select_layers
 from exact import exact_width, full_pass
 from model import BLOCK, KVCache, attention
+from packed import folded_attention
 from speculative import Stats, autoregressive, candidate_layer, clasp, draft, optimize, pick, prefill
 
 GREEDY = functools.partial(pick, temperature=0, top_p=1, rng=None)
@@ -314,6 +315,15 @@ def test_a_second_text_needs_no_captures():
     shorter = list(clasp(graphed, prompt[:100], 60, **settings))               # fits into the memory of the first
     assert graphed.captures <= captures + 6 and len(graphed.empty) == 1        # a layer that all drafts skipped so far
     assert shorter == list(clasp(random_model(context=1024), prompt[:100], 60, **settings))
+
+
+def test_a_long_text_asks_for_few_kinds_of_passes():
+    graphed = GraphedLlama(random_model(layers=2, context=8192))
+    cache, slots = KVCache(graphed, 8192), set()
+    for end in range(1, 8193, 61):
+        slots.add(looked := graphed.begin(cache, 1, end).mask.shape[1])
+        assert end <= looked < max(1.3 * end, end + BLOCK)
+    assert len(slots) == 20 and graphed.captures == 20
 
 
 def test_each_cache_alive_has_its_own_memory():

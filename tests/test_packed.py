@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import packed
-from conftest import random_model
+from conftest import DEVICE, random_model
 from exact import exact_width
 from model import KVCache, RMSNorm
 from packed import Float16Linear, PackedLinear, QuickNorm, WeightFirstLinear, bytes_read, pack
@@ -13,7 +13,7 @@ from packed import Float16Linear, PackedLinear, QuickNorm, WeightFirstLinear, by
 X86 = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
 FBGEMM = X86 and "fbgemm" in torch.backends.quantized.supported_engines
 IN_BFLOAT16 = X86 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-pytestmark = pytest.mark.skipif(not X86, reason="packed.py leaves models on other CPUs as they are")
+pytestmark = pytest.mark.skipif(not X86 or DEVICE != "cpu", reason="products elsewhere stay as they are")
 
 
 def saved_in(dtype, model):

@@ -223,8 +223,8 @@ class Enumerated:
     """
 
     def __init__(self, monkeypatch):
-        monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: torch.tensor([self.fork(p.tolist())]))
-        monkeypatch.setattr(torch, "bernoulli", lambda p, generator: torch.tensor([self.fork([1 - x, x]) for x in p.tolist()]))
+        monkeypatch.setattr(torch, "multinomial", lambda p, n, generator: p.new_tensor([self.fork(p.tolist())], dtype=torch.long))
+        monkeypatch.setattr(torch, "bernoulli", lambda p, generator: p.new_tensor([self.fork([1 - x, x]) for x in p.tolist()]))
 
     def fork(self, weights: list[float]) -> int:
         turns = [(i, weight / sum(weights)) for i, weight in enumerate(weights) if weight > 0]

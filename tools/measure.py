@@ -115,7 +115,7 @@ def dp(args, model, encode):
     hidden, rows = prefill(model, cache, tokens[:200]), as_row(model, tokens[200:201 + draft_length])
     work = {"step": lambda: model.logits(model(rows[:, :1], cache)[-1]).argmax(-1).tolist(),
             "verify": lambda: model.logits(model(rows, cache)[-1]).argmax(-1).tolist(),
-            "dp": lambda: optimize(model, cache, hidden, budget)}
+            "dp": lambda: optimize(model, cache, hidden, budget, partial(select_layers, smallest=budget))}       # as decoding does
     timed = {name: [] for name in work}
     for _ in range(30):
         for name, do in work.items():
@@ -201,7 +201,8 @@ def blocks(args, model, encode):
 def sweep(args, model, encode):
     """The fastest fixed setting of each group of tasks by a full sweep, then that and ``auto`` interleaved, --repeat times."""
     import bench
-    target = bench.Target(bench.arguments(["--model", args.model, *(["--dtype", args.dtype] if args.dtype else [])]))
+    given = {f"--{name.replace('_', '-')}": vars(args)[name] for name in ("model", "device", "dtype", "draft_length")}
+    target = bench.Target(bench.arguments([str(word) for pair in given.items() if pair[1] for word in pair]))
     options = bench.arguments(["--max-new-tokens", str(args.max_new_tokens), "--repeat", "1"])
     prompts, layers = bench.ask(target, options, bench.read_questions(options), {}), target.layers
     fresh = [prompt for prompt in prompts if not prompt.question.endswith("0")]          # not those that auto was tried on
@@ -241,7 +242,7 @@ def main():
     folder = find_folder(args.model)
     args.draft_length = args.draft_length or suggested_settings(folder)["draft_length"]
     text, (device, dtype) = Text(folder), choose_device(args.device, args.dtype)
-    model = pack(load_model(folder, device, dtype))
+    model = None if args.what == "sweep" else pack(load_model(folder, device, dtype))          # a sweep loads its own
     print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, {torch.get_num_threads()} threads",
           file=sys.stderr)
     what = {"equal": equal, "dp": dp, "slice": slice_, "reject": reject, "blocks": blocks, "sweep": sweep}[args.what]
