@@ -4,7 +4,6 @@
     python bench.py                                      the table, on the bundled model and our own prompts
     python bench.py --figures results/figures            the figures of the paper's sections 3 and 5, and two more
     python bench.py --speed steps.md                     the cost of a draft token, a verify pass, a DP (pip install transformers)
-    python bench.py --synthetic llama3-8b                random weights of that shape: true speed, no sense
 
 Every method is a choice of what ``clasp`` skips or drafts, on the same loop. Each question is decoded by all at once, a
 token of each in turn, after a warm-up, several times. Results go to --out at once; a stopped run goes on from there.
@@ -102,7 +101,7 @@ class Target:
             self.model, self.text, self.name = load_model(folder, device, dtype), Text(folder), folder.resolve().name
             self.chat = bool(self.text.config.get("chat_template") or (folder / "chat_template.jinja").exists())
             self.stop = self.text.stop
-        self.bytes = bytes_read(pack(self.model))
+        self.bytes, self.weights = bytes_read(pack(self.model)), self.model.embed.weight[::97].double().sum().item()
         self.model = GraphedLlama(self.model) if args.cuda_graphs else self.model
         self.layers, suggested = len(self.model.layers), suggested_settings(folder)
         self.settings = {"skip_layers": self.layers // 2} | {
@@ -221,8 +220,8 @@ def methods_of(target, names: list[str], seed: int) -> dict:
             "self-sd": lambda: target.fixed(self_sd(target, seed).best), "prompt-lookup": lambda: partial(prompt_lookup, target),
             "even": lambda: target.fixed([int((i + 0.5) * layers / budget) for i in range(budget)]),
             "random": lambda: target.fixed(random.Random(seed).sample(range(layers), budget))}
-    unknown = ", ".join(sorted(set(names) - set(make)))
-    require(not unknown, f"unknown methods {unknown}: choose from {', '.join(make)}")
+    unknown = sorted(set(names) - set(make))
+    require(not unknown, f"unknown methods {', '.join(unknown)}: choose from {', '.join(make)}")
     return {name: make[name]() for name in dict.fromkeys(["autoregressive", *names])}
 
 
@@ -231,11 +230,11 @@ def read_questions(args) -> list[tuple[str, str, list[str]]]:
     questions = [(f"{group} {i}", group, [text]) for group, texts in PROMPTS.items() for i, text in enumerate(texts)]
     if args.questions:
         try:
-            lines = [json.loads(line) for line in args.questions.read_text(encoding="utf-8").splitlines()]
-            questions = [(str(q["question_id"]), GROUP.get(q["category"], "chat"), list(q["turns"])) for q in lines]
+            questions = [(f"{q['question_id']}, line {i}", GROUP.get(q["category"], "chat"), ["" + turn for turn in [] + q["turns"]])
+                         for i, q in enumerate(map(json.loads, args.questions.read_text(encoding="utf-8").splitlines()), 1)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SettingsError(f"{args.questions}: not Spec-Bench's question.jsonl ({error!r})") from None
-    require(args.limit != 0 and min(args.limit or 1, args.repeat, len(questions)) >= 1, "--limit, --repeat or questions below 1")
+    require(args.limit != 0 and min(args.limit or 1, args.repeat, len(questions)) >= 1, "questions, --limit, --repeat: at least 1")
     groups = {group: [question for question in questions if question[1] == group] for _, group, _ in questions}
     return [q for all in groups.values() for q in (all[::max(1, len(all) // args.limit)][:args.limit] if args.limit else all)]
 
@@ -250,10 +249,11 @@ class Results(dict):
             super().__init__((tuple(line["key"]), line) for line in map(json.loads, whole.splitlines()))
         except (ValueError, KeyError, TypeError):
             self.clear()
-        require(not text or self.get(("header",)) == header, f"{path} holds another run: move it away or use another --out")
+        if list(self) != [("header",)]:                                 # else nothing was measured yet
+            require(not text or self.get(("header",)) == header, f"{path} holds another run: move it away or use another --out")
         self.file = open(path, "a", buffering=1)                        # a line goes out when it ends
-        self.file.truncate(len(whole))
-        if not text:
+        self.file.truncate(len(whole) if len(self) > 1 else 0)
+        if len(self) <= 1:
             self["header",] = header
 
     def __setitem__(self, key, line):
@@ -332,8 +332,8 @@ def table(target, args, questions) -> str:
     """The paper's Table 1 in Markdown: a row a method, a column a group of tasks; where CLaSp's time goes; and all as CSV."""
     require(args.out.suffix == ".jsonl", "--out must end in .jsonl: the table goes beside it as .md and .csv")
     methods = methods_of(target, args.methods, args.seed)
-    results = Results(args.out, {"key": ["header"], "model": target.name, "where": target.where, "settings": target.settings} | {
-        name: str(vars(args)[name]) for name in ("seed", "max_new_tokens", "questions", "cuda_graphs")})
+    results = Results(args.out, {"key": ["header"], "model": target.name, "where": target.where, "settings": target.settings,
+        "options": [args.seed, args.max_new_tokens, args.cuda_graphs, target.weights, zlib.crc32(repr(questions).encode())]})
     searches = [line["search"] for line in results.values() if "search" in line]
     if searches and "swift" in methods:                                 # take its search up where it was
         methods["swift"].best, methods["swift"].score, methods["swift"].left = searches[-1]
@@ -382,8 +382,7 @@ def steps(target, prompt: list[int], repeat: int) -> dict[str, float]:
     width, greedy = exact_width(model, k + 1), partial(pick, temperature=0, top_p=1, rng=None)
     cache = KVCache(model, len(prompt) + 8, max(width, 8))
     hidden = prefill(model, cache, prompt)
-    state, dp = hidden[None, -1:], partial(optimize, model, cache, hidden)
-    skip = dp(m).skip_sets[m]
+    skip = (dp := partial(optimize, model, cache, hidden))(m).skip_sets[m]
 
     def rows(count, width=None):
         full_pass(model, cache, [0] * count, width)[1].argmax(-1).tolist()
@@ -391,7 +390,7 @@ def steps(target, prompt: list[int], repeat: int) -> dict[str, float]:
 
     times = timed(model, {
         "plain step": lambda: rows(1), "verify pass": lambda: rows(k + 1, width), "8 rows": lambda: rows(8),
-        "head": lambda: model.logits(state).argmax().item(),
+        "head": lambda: model.logits(hidden[None, -1:]).argmax().item(),
         "draft token": lambda: draft(model, cache, 0, skip, 1, bool, greedy, ()),
         "DP": lambda: dp(m, partial(select_layers, smallest=m)),
         f"DP, M = {half}": lambda: dp(half, partial(select_layers, smallest=half)),
@@ -411,14 +410,14 @@ def speed(target, args, questions) -> str:
         work |= {"ours": lambda: list(autoregressive(model, start, count)),
                  "theirs": lambda: other.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False)}
     pairs = timed(model, work, max(args.repeat, 5))
-    step, best = t["plain step"], big.nbytes / min(pairs["read"])
+    step, rate, best = t["plain step"], target.bytes / t["plain step"] / 1e9, big.nbytes / min(pairs["read"]) / 1e9
     share = (step - t["head"]) * (1 - target.settings["skip_layers"] / target.layers) + t["head"]
     out = [f"# Steps: {target.name}\n\n{target.where}; settings {target.settings}; after {len(prompt)} tokens; medians of "
            "interleaved runs.\n\n| | time | plain steps | verify passes |\n|---|---|---|---|",
            *(f"| {name} | {1e3 * s:.2f} ms | {s / step:.2f} | {s / t['verify pass']:.2f} |" for name, s in t.items()),
-           f"\nA plain step reads {target.bytes / 1e6:.0f} MB at {target.bytes / step / 1e9:.1f} GB/s; the best of "
-           f"{len(pairs['read'])} sums over {big.nbytes / 1e6:.0f} MB read {best / 1e9:.1f} GB/s: {target.bytes / step / best:.2f} "
-           f"of it. A draft token costs {t['draft token'] / share:.2f} of its share of the layers and the head."]
+           f"\nA plain step reads {target.bytes / 1e6:.0f} MB at {rate:.1f} GB/s, sums over {big.nbytes / 1e6:.0f} MB read at best "
+           f"{best:.1f} GB/s: {rate / best:.2f} of it. A draft token costs {t['draft token'] / share:.2f} of its share of the layers "
+           "and the head."]
     if target.text:
         ratio = statistics.median(theirs / ours for theirs, ours in zip(pairs["theirs"], pairs["ours"]))
         out.append(f"\nPlain decoding is {ratio:.2f}x as fast as transformers' generate ({count} tokens after 4, "
@@ -439,8 +438,7 @@ def curves(rows: list[dict], x: str, styles: dict[str, str], **labels):
 
 
 def persistence(target, args, prompts):
-    """Fig. 3a: how alike the sets chosen at two tokens are, against the tokens between them (Jaccard similarity), with the
-    paper's share of layers skipped; and which these are as one text unfolds."""
+    """Fig. 3a: Jaccard similarity of the sets chosen at two tokens against their distance; and the sets as one text unfolds."""
     def alike(sets, distance):
         return [len(a & b) / len(a | b) for (_, a), (_, b) in zip(sets, sets[distance:])]
 
@@ -551,7 +549,7 @@ def arguments(argv: list[str] | None):
             ("residual", float, 0.03, "synthetic: scale of what the middle layers add; 0.03: tau 4 at M 14, K 7; less: more"),
             ("questions", Path, None, "Spec-Bench's question.jsonl; default: our own prompts"),
             ("limit", int, None, "questions of each group; default: all"), ("repeat", int, 3, "runs of everything timed"),
-            ("methods", lambda text: text.split(","), "clasp,auto,self-sd,swift,even,random,prompt-lookup", "rows of the table"),
+            ("methods", lambda text: re.findall("[^ ,]+", text), "clasp,auto,self-sd,swift,even,random,prompt-lookup", "rows"),
             ("temperatures", lambda text: [*map(float, text.split(","))], "0,1", "0 is greedy"),
             ("max-new-tokens", int, 128, "for each question"), ("seed", int, 0, "of samples, searches and the random set"),
             ("device", str, None, "cpu, cuda, cuda:N or mps"),
@@ -580,10 +578,12 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 2 for a user's mistake, said in one line; 130 after Ctrl-C."""
     try:
         args = arguments(argv)
+        require(not (args.synthetic and args.model), "--synthetic or --model, not both")
+        require((args.speed or args.out).parent.is_dir(), f"there is no folder {(args.speed or args.out).parent}")
         questions, target = read_questions(args), Target(args)
         say(f"{target.name}; {target.where}; {target.settings}")
         make, path = ((speed, args.speed) if args.speed else (figures, args.figures / "figures.md") if args.figures
-                      else (table, args.out.with_suffix(".md")))
+                      else (table, args.out.parent / f"{args.out.stem}.md"))
         text = make(target, args, questions) + f"\nMade by `{command(sys.argv[1:] if argv is None else argv, args.model)}`.\n"
         path.write_text(text, encoding="utf-8")
         print(text)
@@ -592,7 +592,7 @@ def main(argv: list[str] | None = None) -> int:
         say("bench.py: " + " ".join(str(error).split()))
         return 2
     except KeyboardInterrupt:
-        say("\nbench.py: stopped; the same command goes on from here")
+        say("\nbench.py: stopped; the same command goes on with its table from here")
         return 130
 
 

@@ -93,7 +93,7 @@ def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: 
     require(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
     require(opt_interval >= 1, "the optimisation interval must be at least 1")
     require(not auto or layers > 1 and not optimizer and not drafter, "auto needs two layers, and no other optimizer or drafter")
-    stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed)
+    stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed % 2 ** 63)
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
     one_set = partial(select_layers, smallest=budget, costs=model.block_costs and model.block_costs * layers)
     optimizer = optimizer or (auto.optimize if auto else partial(optimize, select=one_set))
@@ -163,7 +163,7 @@ def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, widt
 
     width: None, one row a pass, is fastest; K + 1 computes as clasp's verify passes do, the other rows being padding.
     """
-    stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed)
+    stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed % 2 ** 63)
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
     width = width and exact_width(model, width)
     start = now()
@@ -337,9 +337,9 @@ def require_possible(model: Llama, prompt: list[int], max_new_tokens: int, tempe
           f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the model's context of {context}")
     require(0 <= min(prompt) and max(prompt) < model.config.vocab_size, "the prompt has tokens outside the model's vocabulary")
     require(not stats.tokens, "these statistics are of another text: take new ones")
-    require(temperature == 0 or temperature >= 1e-6, "the temperature must be 0 (greedy) or positive")
+    require(temperature == 0 or temperature >= 1e-6, "the temperature must be 0 (greedy) or at least 1e-6")
     require(0 <= seed < 2 ** 63, "the seed must lie between 0 and 2^63 - 1")
-    require(0 < top_p <= 1, "top-p must lie above 0 and at most at 1")
+    require(1e-6 <= top_p <= 1, "top-p must lie between 1e-6 and 1")
 
 
 def require_room(cache: KVCache, prompt: list[int], max_new_tokens: int, width: int):

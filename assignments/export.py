@@ -224,6 +224,10 @@ def main() -> int:
     except Missing as error:
         print(f"export.py: {error}: grade.py's list of problems and the source have drifted apart", file=sys.stderr)
         return 2
+    except OSError as error:
+        shutil.rmtree(args.out, ignore_errors=True)                     # it was empty
+        print(f"export.py: cannot write {args.out}: {error}", file=sys.stderr)
+        return 2
     count = sum(len(PROBLEMS[problem].functions) for problem in args.problems)
     print(f"{args.out}: {count} functions to write in {len(args.problems)} problems")
     return 0

@@ -268,9 +268,15 @@ def points(results: list[Result]) -> str:
 
 
 def assigned(repo: Path) -> list[int]:
-    """The problems that export.py wrote into assignment.json; all, if there is none (in the project itself)."""
+    """The problems that export.py wrote into assignment.json; all, if there is none (in the project itself).
+
+    It is the student's file: for marks, --problems says what was assigned. Raises ValueError if it names no problems.
+    """
     path = repo / "assignment.json"
-    return json.loads(path.read_text())["problems"] if path.exists() else list(PROBLEMS)
+    try:
+        return numbers(",".join(map(str, json.loads(path.read_text())["problems"]))) if path.exists() else list(PROBLEMS)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} does not name the assigned problems: give them by --problems") from None
 
 
 def numbers(text: str) -> list[int]:
@@ -284,7 +290,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Grade a solution of the CLaSp assignment.")
     parser.add_argument("repo", nargs="?", type=Path, default=HERE if (HERE / "model.py").exists() else HERE.parent,
                         help="the folder to grade; default: the one this file is in")
-    parser.add_argument("--problems", type=numbers, metavar="N,N", help="default: those that were assigned")
+    parser.add_argument("--problems", type=numbers, metavar="N,N", help="default: by the folder's assignment.json")
     parser.add_argument("--json", action="store_true", help="print Gradescope's results.json")
     parser.add_argument("--leaderboard", action="store_true", help="also measure the decoder on the bundled model")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -295,7 +301,11 @@ def main() -> int:
     start, repo, board = time.monotonic(), args.repo.resolve(), None
     if not (repo / "model.py").exists():
         parser.error(f"{repo} holds no model.py: not a folder to grade")
-    results = grade_all(args.problems or assigned(repo), repo)
+    try:
+        problems = args.problems or assigned(repo)
+    except ValueError as error:
+        parser.error(str(error))
+    results = grade_all(problems, repo)
     seconds = time.monotonic() - start
     if args.leaderboard:
         lines, how = run_child(0, repo, LEADERBOARD_SECONDS)

@@ -178,8 +178,9 @@ def test_with_graphs_every_prompt_is_warmed_before_it_is_timed(target, monkeypat
 @pytest.mark.parametrize("argv, word", [
     (["--methods", "magic"], "unknown methods magic"), (["--temperatures", "hot"], "temperatures"), (["--questions", "/no"], "question.jsonl"),
     (["--model", "/no"], "no folder"), (["--synthetic", "gpt"], "invalid choice"), (["--skip-layers", "20"], "fewer than"),
-    (["--skip-layers", "25"], "fewer than"), (["--repeat", "0"], "below 1"), (["--out", "x.md"], ".jsonl"),
-    (["--out", "/no/x.jsonl"], "No such file")])
+    (["--skip-layers", "25"], "fewer than"), (["--repeat", "0"], "at least 1"), (["--out", "x.md"], ".jsonl"),
+    (["--out", "/no/x.jsonl"], "no folder /no"), (["--out", ""], ".jsonl"),
+    (["--synthetic", "llama3-8b", "--model", "x"], "not both")])
 def test_mistakes_are_one_line(tmp_path, capsys, argv, word):
     assert bench.main([*TINY, "--out", str(tmp_path / "x.jsonl"), *argv]) == 2
     out, err = capsys.readouterr()

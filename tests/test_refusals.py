@@ -57,7 +57,7 @@ def refused(capsys, argv: list[str]) -> str:
     (["--device", "tpu"], "unknown device"),
     (["--device", "cuda:99"], "no device"),
     (["--dtype", "int4"], "invalid choice"),
-    (["--cuda-graphs"], "needs an NVIDIA GPU"),
+    (["--cuda-graphs", "--device", "cpu"], "needs an NVIDIA GPU"), (["--seed", str(2 ** 64)], "seed"), (["--top-p", "1e-46"], "top-p"),
     (["--method", "magic"], "invalid choice"),
     (["--chat"], "no chat template"),
     (["--nonsense"], "unrecognized")], ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "")

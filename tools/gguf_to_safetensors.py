@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -178,8 +179,8 @@ def main():
                                   **({"chat_template": template} if template else {})}}
     building = args.out.with_name(args.out.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
     try:
+        building.mkdir(parents=True)
         weight_map, done = {}, 0
         for i, shard in enumerate(shards, 1):
             file, weights = "model.safetensors", {}
@@ -197,7 +198,7 @@ def main():
             (building / file).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         tokenizer.save(str(building / "tokenizer.json"))
         building.rename(args.out)
-    except (NotImplementedError, OSError, RuntimeError, ValueError) as error:
+    except (NotImplementedError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         refuse(f"{args.gguf} cannot be converted: {error}")
     finally:
         shutil.rmtree(building, ignore_errors=True)

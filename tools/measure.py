@@ -23,9 +23,10 @@ import speculative  # noqa: E402
 from auto import block_costs  # noqa: E402
 from dp_skip import select_layers, select_layers_plain  # noqa: E402
 from generate import BUNDLED, Text, choose_device, suggested_settings  # noqa: E402
-from model import KVCache, find_folder, load_model  # noqa: E402
+from model import KVCache, ModelError, find_folder, load_model  # noqa: E402
 from packed import pack  # noqa: E402
-from speculative import Stats, autoregressive, as_row, candidate_layer, clasp, clock, optimize, prefill  # noqa: E402
+from speculative import (SettingsError, Stats, as_row, autoregressive, candidate_layer, clasp, clock, optimize,  # noqa: E402
+                         prefill, require)
 
 PROMPTS = [                    # written for this purpose; in no training text
     "Once upon a time there was a clockmaker whose youngest daughter could hear what the clocks said at night.",
@@ -230,7 +231,7 @@ def main():
     parser.add_argument("what", choices=["equal", "dp", "slice", "reject", "blocks", "sweep"])
     parser.add_argument("--model", default=str(BUNDLED))
     parser.add_argument("--device")
-    parser.add_argument("--dtype")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--max-new-tokens", type=int, default=200)
     parser.add_argument("--draft-length", type=int)
@@ -239,6 +240,8 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--positions", type=int, nargs="+", default=[20, 40, 60, 80])
     args = parser.parse_args()
+    require(min(args.prompts, args.max_new_tokens, args.repeat, *args.positions) >= 1, "--prompts, --max-new-tokens, --repeat "
+            "and --positions must be at least 1")
     folder = find_folder(args.model)
     args.draft_length = args.draft_length or suggested_settings(folder)["draft_length"]
     text, (device, dtype) = Text(folder), choose_device(args.device, args.dtype)
@@ -250,4 +253,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ModelError, SettingsError, OSError) as error:
+        sys.exit(f"measure.py: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit(130)
