@@ -18,7 +18,7 @@ import golden  # noqa: E402
 import leaderboard  # noqa: E402
 import mistakes  # noqa: E402
 from checks import CHECKS, Wrong  # noqa: E402
-from grade import PROBLEMS  # noqa: E402
+from grade import PROBLEMS, assigned  # noqa: E402
 
 CORE = ("model.py", "dp_skip.py", "speculative.py")
 FULL = {number: sum(check.points for check in CHECKS[number]) for number in PROBLEMS}
@@ -231,6 +231,19 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
 
 
 # ---------------------------------------------------------------- what has to fit together
+
+@pytest.mark.parametrize("text, problems", [
+    ('{"problems": [3, 4]}', [3, 4]), ('{"problems": [1, 1, 2]}', [1, 2]), (None, [1, 2, 3, 4, 5, 6])] + [
+    (text, None) for text in ("{", "[1]", "[99]", '{"problems": []}', '{"problems": [99]}', '{"problems": 3}')])
+def test_a_students_file_may_name_problems_but_not_twice_and_nothing_else(tmp_path, text, problems):
+    if text is not None:
+        (tmp_path / "assignment.json").write_text(text)
+    if problems:
+        assert assigned(tmp_path) == problems
+    else:
+        with pytest.raises(ValueError, match="give them by --problems"):
+            assigned(tmp_path)
+
 
 def test_the_handout_names_every_function_and_the_points():
     text = (HERE / "README.md").read_text()

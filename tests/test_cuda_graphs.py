@@ -5,6 +5,7 @@ import functools
 import gc
 import itertools
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from cuda_graphs import GraphedLlama
 from dp_skip import Selection, select_layers
 from exact import exact_width, full_pass
 from model import BLOCK, KVCache, attention
-from packed import folded_attention
+from packed import folded_attention, pack
 from speculative import Stats, autoregressive, candidate_layer, clasp, draft, optimize, pick, prefill
 
 GREEDY = functools.partial(pick, temperature=0, top_p=1, rng=None)
@@ -116,6 +117,16 @@ def test_folded_attention_is_attention(rows, heads, kv_heads):
     slots = 32 if rows == 1 else rows                          # without a mask: one row sees all, several are causal
     k, v = kv[:, :, :, :slots]
     assert torch.allclose(folded_attention(q, k, v, None), attention(q, k, v, None), atol=1e-5)
+
+
+def test_on_cuda_pack_exchanges_attention_and_keeps_cudnns_out():
+    layer, embed = SimpleNamespace(), SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        pack(SimpleNamespace(layers=[layer], embed=embed))
+        assert layer.attend is folded_attention and not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
 
 
 def test_folded_attention_repeats_no_keys_or_values(monkeypatch):

@@ -256,6 +256,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ModelError, SettingsError, OSError) as error:
-        sys.exit(f"measure.py: {' '.join(str(error).split())}")
+        print("measure.py: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
