@@ -249,11 +249,11 @@ class Results(dict):
             super().__init__((tuple(line["key"]), line) for line in map(json.loads, whole.splitlines()))
         except (ValueError, KeyError, TypeError):
             self.clear()
-        if list(self) != [("header",)]:                                 # else nothing was measured yet
-            require(not text or self.get(("header",)) == header, f"{path} holds another run: move it away or use another --out")
+        begun = text and list(self) != [("header",)]                    # else nothing was measured yet
+        require(not begun or self.get(("header",)) == header, f"{path} holds another run: move it away or use another --out")
         self.file = open(path, "a", buffering=1)                        # a line goes out when it ends
-        self.file.truncate(len(whole) if len(self) > 1 else 0)
-        if len(self) <= 1:
+        self.file.truncate(len(whole) if begun else 0)
+        if not begun:
             self["header",] = header
 
     def __setitem__(self, key, line):

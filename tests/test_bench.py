@@ -104,6 +104,18 @@ def key(line):
     return str(json.loads(line)["key"])
 
 
+def test_a_header_alone_blocks_no_other_run(tmp_path):
+    """As a run leaves it that is refused before anything is measured."""
+    out, headers = tmp_path / "run.jsonl", [{"key": ["header"], "seed": seed} for seed in (1, 2)]
+    for header in headers:
+        bench.Results(out, header)
+        assert [json.loads(line) for line in out.read_text().splitlines()] == [header]
+    bench.Results(out, headers[1])["one",] = {"key": ["one"]}
+    with pytest.raises(SettingsError, match="another run"):
+        bench.Results(out, headers[0])
+    assert list(bench.Results(out, headers[1])) == [("header",), ("one",)] and len(out.read_text().splitlines()) == 2
+
+
 def test_a_race_goes_a_token_of_each_in_turn(target):
     order = []
 
@@ -158,7 +170,7 @@ def test_the_window_of_figure_3b_fits_small_models_and_graphs():
         assert all(row["brute force"] >= row["dynamic programme"] - 1e-6 and row["brute force"] >= row["random"] for row in rows)
 
 
-def test_with_graphs_every_prompt_is_warmed_before_it_is_timed(target, monkeypatch):
+def test_with_graphs_every_prompt_is_warmed_before_it_is_timed():
     """On a GPU what is not yet recorded is recorded then, which takes as long as many tokens do."""
     prompts = [bench.Prompt(str(i), 0, "chat", [5] * length, []) for i, length in enumerate((3, 300, 150))]
     graphed, timed = SimpleNamespace(model=GraphedLlama(random_model(context=512)), stop=(), encode=lambda texts: [1, 2, 3]), []
