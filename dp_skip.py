@@ -1,38 +1,41 @@
-"""Which layers to skip: CLaSp's dynamic programme (arXiv 2505.24196, §3.4, Algorithm 1).
+"""Which layers to skip: CLaSp's dynamic programming (DP), arXiv 2505.24196, §3.4, Algorithm 1.
 
-After a verify pass we hold one token's hidden states h_0 (embedding) ... h_L (after the last layer). We look for the M
-layers whose omission moves the final state least: the set S, |S| = M, that maximises cos(h_L, state after running only
-the layers outside S). Of the L-choose-M sets one survives for each number of layers seen, i, and of those skipped, j:
+After a verify pass we hold one token's hidden states h_0 (embedding) .. h_L (after the last layer).
+We look for the M layers whose omission moves the final state least: the set S, |S| = M, that
+maximises cos(h_L, state after running only the layers outside S). There are L-choose-M sets. The DP
+keeps one survivor for each number i of layers seen and each number j of those skipped:
 
     g(i, j) = the closer to h_i, by cosine, of   f_i(g(i-1, j))    run layer i
                                           and    g(i-1, j-1)       skip layer i
     g(i, 0) = h_i      nothing was skipped: the true state
     g(i, i) = h_0      everything was
 
-Keeping one survivor a cell makes it an approximation (§3.5): what is closest to h_i need not become closest to h_L. In
-return L layers and M budgets cost L*M layer calls, and the last column holds a set for *every* budget up to M. (The
-paper's Eq. 1 prints arg min where the arg max of the cosine is meant, and its pseudocode recovers the path by comparing
-vectors; here the choices are kept as bits.)
+Keeping one survivor a cell makes it an approximation (§3.5): what is closest to h_i need not become
+closest to h_L. In return L layers and M budgets cost L * M layer calls, and the last column holds a
+set for *every* budget up to M.
 
-``select_layers_plain`` is that definition, cell by cell: read it first. ``select_layers`` is what decoding uses: each layer
-runs once on all cells of one i, packed as rows (§3.6). This file knows tensors and a callable, not what a LLaMA is.
+Two errata of the paper: Eq. (1) prints arg min where the arg max of the cosine is meant, and the
+pseudocode recovers the path by comparing vectors; here the choices are kept as bits.
+
+``select_layers_plain`` is that definition, cell by cell: read it first. ``select_layers`` is what
+decoding uses: each layer runs once, on all cells of one i, packed as rows (§3.6). This file knows
+tensors and a callable, not what a LLaMA is.
 """
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# layer(i, rows): decoder layer i (from 0) on rows (m, dim), each a candidate state of the *same* token, none of which may
-# see another. Returns (m, dim).
+# layer(i, rows): decoder layer i (counted from 0) on rows (m, dim), each a candidate state of the
+# *same* token, none of which may see another. Returns (m, dim).
 Layer = Callable[[int, Tensor], Tensor]
 
 
 class Selection(NamedTuple):
-    """For each budget m = 0 .. M (or from ``smallest`` on), the layers to skip (from 0) and the last state's cosine with h_L."""
-    skip_sets: list[frozenset[int]]
-    cosines: list[float]
+    """The answer for each budget m = 0 .. M (or from ``smallest`` on)."""
+    skip_sets: list[frozenset[int]]     # the layers to skip, counted from 0
+    cosines: list[float]                # of the state they lead to with h_L
 
 
 def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
@@ -40,8 +43,10 @@ def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
 
     Raises ValueError unless 0 <= budget <= L.
     """
-    layers, targets = layer_count(states, budget), unit(states)
-    g, skipped = {(0, 0): states[0]}, {}
+    layers = layer_count(states, budget)
+    targets = unit(states)
+    g = {(0, 0): states[0]}
+    skipped = {}                                         # (i, j): did this cell skip layer i?
     for i in range(1, layers + 1):
         for j in range(min(i, budget) + 1):
             if j == 0:
@@ -49,70 +54,65 @@ def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
             elif j == i:
                 g[i, j], skipped[i, j] = states[0], True
             else:
-                run, skip = layer(i - 1, g[i - 1, j][None])[0], g[i - 1, j - 1]
+                run = layer(i - 1, g[i - 1, j][None])[0]
+                skip = g[i - 1, j - 1]
                 if_run, if_skip = distances(torch.stack((run, skip)), targets[i]).tolist()
-                skipped[i, j] = not if_run <= if_skip            # so that a NaN, from overflow, is never run
+                skipped[i, j] = not if_run <= if_skip    # a NaN, from overflow, is never run
                 g[i, j] = skip if skipped[i, j] else run
     final = torch.stack([g[layers, m] for m in range(budget + 1)])
-    return Selection([walk_back(lambda i, j: skipped[i, j], layers, m) for m in range(budget + 1)],
-                     cosines(final, targets[-1]))
+    sets = [walk_back(lambda i, j: skipped[i, j], layers, m) for m in range(budget + 1)]
+    return Selection(sets, cosines(final, targets[layers]))
 
 
-def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0,
-                  costs: Sequence[int] | None = None) -> Selection:
-    """The same in L calls of ``layer``, each on at most ``budget`` rows (§3.6). states (L+1, dim): h_0 .. h_L.
+def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0) -> Selection:
+    """The same in L calls of ``layer``, each on at most ``budget`` rows (§3.6).
 
-    smallest: the least budget whose set is wanted; the lists start with it. Cells from which so many layers can no
-    longer be skipped are left out: for one budget M, (L-M) * M rows run in all, where every budget up to M takes
-    M * (M-1) / 2 more. Nothing is read back to the host before the end.
-    costs: what leaving out each layer saves, whole numbers of at least 1, where that differs (past the paper); j then
-    counts what is saved, and there is a set for each sum from ``smallest`` to ``budget`` that some layers have.
-    Raises ValueError unless 0 <= smallest <= budget <= L (or the sum of the costs).
+    states (L+1, dim): h_0 .. h_L of one token. Row j of g is g(i, j): all start as h_0, and layer
+    i updates the cells that have a choice, 0 < j < i, from themselves and their left neighbours:
+
+                j = 0    1    2    3
+        i = 0     h_0  h_0  h_0  h_0
+        i = 1     h_1  h_0  h_0  h_0       g(1, 1) = h_0: nothing to choose
+        i = 2     h_2   *   h_0  h_0       * = closer to h_2 of  f_2(g(1, 1))  and  g(1, 0)
+        i = 3     h_3   *    *   h_0
+
+    smallest: the least budget whose set is wanted; the lists start with it. Cells from which so
+    many layers can no longer be skipped are left out: for one budget M, (L-M) * M rows run in all,
+    where every budget up to M takes M * (M-1) / 2 more.
+
+    Nothing is read back to the host before the end. Raises ValueError unless
+    0 <= smallest <= budget <= L.
     """
-    layers = layer_count(states, budget, smallest, costs)
-    costs, targets = tuple(costs or [1] * layers), unit(states)
-    columns = sources(costs, budget, smallest, states.device)
-    never = targets.new_full((1,), torch.inf)                 # the distance of a choice that a cell does not have
-    survivors, bits = states[:1], []                          # here g(0, 0)
-    for i, (_, rows, from_run, from_skip) in enumerate(columns):
-        candidates = survivors[rows]
-        run = layer(i, candidates) if len(candidates) else candidates
-        both = torch.cat((states[i + 1:i + 2], run, survivors))
-        distance = torch.cat((distances(both, targets[i + 1]).nan_to_num(nan=torch.inf), never))
-        skip = (distance[from_run] > distance[from_skip]) | (from_run == len(both))
-        survivors = both[torch.where(skip, from_skip, from_run)]
-        bits.append(skip)
-    bits = iter(torch.cat(bits).tolist())
-    table = {(i, j): next(bits) for i, (cells, *_) in enumerate(columns, 1) for j in cells}
-    return Selection([walk_back(lambda i, j: table[i, j], layers, j, costs) for j in columns[-1][0]],
-                     cosines(survivors, targets[-1]))
+    layers = layer_count(states, budget, smallest)
+    targets = unit(states)
+    g = states[:1].repeat(budget + 1, 1)                             # (budget + 1, dim)
+    skipped = states.new_ones(layers + 1, budget + 1, dtype=torch.bool)     # of cell (i, j)
+    skipped[:, 0] = False
+    for i in range(1, layers + 1):
+        first = max(1, smallest - (layers - i))
+        end = min(i, budget + 1)                                     # cells first .. end - 1
+        if first < end:
+            run = layer(i - 1, g[first:end])                         # (cells, dim)
+            skip = g[first - 1:end - 1]
+            # "not <=" rather than ">": a NaN, from overflow, is never run
+            choice = ~(distances(run, targets[i]) <= distances(skip, targets[i]))
+            g[first:end] = torch.where(choice[:, None], skip, run)
+            skipped[i, first:end] = choice
+        g[0] = states[i]
+    table = skipped.tolist()
+    budgets = range(smallest, budget + 1)
+    sets = [walk_back(lambda i, j: table[i][j], layers, m) for m in budgets]
+    return Selection(sets, cosines(g[smallest:], targets[layers]))
 
 
-@lru_cache(maxsize=16)
-def sources(costs: tuple[int, ...], budget: int, smallest: int, device: torch.device) -> list[tuple]:
-    """For each layer: the j of its cells (what some of the layers so far save, if the others can bring it to ``smallest``),
-    the survivors it runs on, and where its cells' two choices stand among (h_i, run, survivors), behind which stands the
-    choice that a cell does not have. Made once and kept on the device."""
-    cells, left, columns = [0], sum(costs), []
-    for cost in costs:
-        before, left = cells, left - cost
-        cells = sorted({j + saved for j in before for saved in (0, cost) if smallest - left <= j + saved <= budget})
-        running = [j for j in before if j in cells and j > 0]                # g(i, 0) is the true state: no need to
-        run = {0: 0} | {j: 1 + r for r, j in enumerate(running)}
-        skip = {j + cost: 1 + len(running) + s for s, j in enumerate(before)}
-        never = 1 + len(running) + len(before)
-        columns.append((cells, *(torch.tensor(indices, dtype=torch.long, device=device) for indices in (
-            [before.index(j) for j in running], [run.get(j, never) for j in cells], [skip.get(j, never) for j in cells]))))
-    return columns
-
-
-def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int, costs=None) -> frozenset[int]:
+def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> frozenset[int]:
     """The set behind cell (layers, budget): follow the choices from the last layer to the first."""
-    chosen, j = set(), budget
+    chosen = set()
+    j = budget
     for i in range(layers, 0, -1):
         if skipped(i, j):
             chosen.add(i - 1)
-            j -= costs[i - 1] if costs else 1
+            j -= 1
     return frozenset(chosen)
 
 
@@ -123,23 +123,23 @@ def unit(rows: Tensor) -> Tensor:
 
 
 def distances(rows: Tensor, target: Tensor) -> Tensor:
-    """How far the directions of rows (m, dim) lie from a unit vector (dim,): |u - v|, (m,); smaller is a larger cosine.
+    """How far the directions of rows (m, dim) lie from a unit vector (dim,): |u - v|, (m,).
 
-    Not the cosine itself, 1 - |u - v|^2 / 2: a few huge entries can bring every cosine within 1e-7 of 1 (a text's first
-    token is like that), where float32 has no digits left for it.
+    A smaller distance is a larger cosine: cos = 1 - |u - v|^2 / 2. Not the cosine itself, since a
+    few huge entries can bring every cosine within 1e-7 of 1 (a text's first token is like that),
+    where float32 has no digits left for it.
     """
     return torch.linalg.vector_norm(unit(rows) - target, dim=-1)
 
 
 def cosines(rows: Tensor, target: Tensor) -> list[float]:
+    """The cosines of rows (m, dim) with a unit vector (dim,)."""
     return (1 - distances(rows, target).square() / 2).tolist()
 
 
-def layer_count(states: Tensor, budget: int, smallest: int = 0, costs: Sequence[int] | None = None) -> int:
+def layer_count(states: Tensor, budget: int, smallest: int = 0) -> int:
     """L, after checking that ``smallest`` to ``budget`` of L layers can be skipped."""
     layers = len(states) - 1
-    if costs is not None and (len(costs) != layers or min(costs) < 1):
-        raise ValueError(f"{layers} layers need as many costs, of at least 1, not {list(costs)}")
-    if layers < 1 or not 0 <= smallest <= budget <= sum(costs or [1] * layers):
-        raise ValueError(f"cannot skip {f'{smallest} to ' * bool(smallest)}{budget} of {layers} layers")
+    if layers < 1 or not 0 <= smallest <= budget <= layers:
+        raise ValueError(f"cannot skip {smallest} to {budget} of {layers} layers")
     return layers

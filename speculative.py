@@ -1,50 +1,65 @@
-"""CLaSp decoding (arXiv 2505.24196, §3.1): a model drafts with some of its layers, then checks with all.
+"""The loop (arXiv 2505.24196, §3.1): a drafter proposes tokens, the whole model checks them.
 
-One cycle, seen from a *pending* token t, part of the text, but not yet in the cache: its position is n = cache.length.
+One cycle, seen from a *pending* token t. It is part of the text, but not yet in the cache: its
+position is n = cache.length.
 
-    draft      feed t, d1, d2 ... one row each through the layers not skipped: k <= K tokens
-    verify     feed t, d1 .. dk as rows n .. n+k through every layer; it overwrites what the draft cached
-    accept     the longest prefix that the whole model agrees with, and one token of its own after it
+    draft      the drafter proposes d1 .. dk after t. CLaSp: by the layers that it does not skip
+    verify     feed t, d1 .. dk as rows n .. n+k through every layer, over whatever the draft cached
+    accept     the longest prefix that the whole model agrees with, then one token of its own
     roll back  cache.length = n + accepted + 1: an integer, nothing is copied
-    optimise   every few cycles, and after the prefill: the DP on the states of the last row accepted
+    observe    the drafter sees what came of it. CLaSp: every few cycles the DP chooses layers anew
 
-Read ``clasp`` first, then what it calls in that order. ``autoregressive`` is the plain decoding that it must agree with
-(to the last bit, see exact.py) and is timed against. Both are generators: they yield token ids and keep ``Stats``.
+        text       once there was a king                    "king" is pending: not in the cache
+        draft                            who  had  three
+        verify                            ✓    ✓    ✗ → a   accepted 2, and the model's own "a"
+        cache      ████████████████████████████████ three   rolled back to "had"; "a" is pending
+
+Being lossless is the loop's business, being fast the drafter's: ``decode`` knows no drafter, and
+nothing that a drafter proposes can change the output, only the speed. Read ``decode`` first, then
+what it calls, then the drafters: ``Drafter`` (the interface), ``FixedSet``, ``Clasp``. Others are
+in extras/. ``autoregressive`` is the plain decoding that all must agree with and are timed against.
 """
-import math
 import time
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dp_skip import Layer, Selection, select_layers
-from exact import as_row, exact_width, full_pass
-from model import BLOCK, KVCache, Llama
+from dp_skip import Selection, select_layers
+from model import BLOCK, KVCache, Llama, ModelError, whole_blocks
 
-PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly with it
-DRAFT_LENGTH = 4              # defaults by measurement, see README.md
+PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly
+DRAFT_LENGTH = 4              # defaults by measurement, see results/
 EXIT_THRESHOLD = 0.0
 OPT_INTERVAL = 32
 
 
+# ---------------------------------------------------------------------------- what is shared
+
 @dataclass
 class Stats:
-    """What decoding did. Seconds are the decoder's own: what the caller does between tokens is not in them."""
+    """What decoding did. Its own seconds: what the caller does between tokens is not in them."""
     prefill_seconds: float = 0.0
-    seconds: float = 0.0               # all but the prefill: draft, verify and optimise
     draft_seconds: float = 0.0
-    verify_seconds: float = 0.0
-    optimize_seconds: float = 0.0
+    verify_seconds: float = 0.0        # passes of the whole model; all that plain decoding does
+    optimize_seconds: float = 0.0      # what the drafter learns and chooses: the DP
     cycles: int = 0                    # passes of the whole model
     drafted: int = 0
     accepted: int = 0
-    optimizations: int = 0
-    tokens: list[int] = field(default_factory=list)                             # the new ones
-    from_draft: list[bool] = field(default_factory=list)                        # for each: did the draft write it?
-    skip_sets: list[tuple[int, frozenset[int]]] = field(default_factory=list)   # (new tokens before it, set)
+    optimizations: int = 0             # runs of the DP
+    tokens: list[int] = field(default_factory=list)                 # the new ones
+    from_draft: list[bool] = field(default_factory=list)            # did the draft write it?
+    skip_sets: list[tuple[int, frozenset[int]]] = field(default_factory=list)
+    # each set that was chosen, and how many new tokens there were before it
+
+    @property
+    def seconds(self) -> float:
+        """All but the prefill."""
+        return self.draft_seconds + self.verify_seconds + self.optimize_seconds
 
     @property
     def new_tokens(self) -> int:
@@ -64,193 +79,378 @@ class Stats:
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
+@dataclass
+class Text:
+    """A text while it is written: its tokens, and all that they are decoded with.
+
+    A drafter may read everything here, and compute in the cache behind ``cache.length``.
+    """
+    model: Llama
+    cache: KVCache                     # holds ``tokens`` but for the last, the pending one
+    tokens: list[int]                  # prompt and new ones
+    end: int                           # how many they will be at most
+    width: int | None                  # rows of every pass of the whole model; None: as needed
+    temperature: float
+    top_p: float
+    rng: torch.Generator
+    stop: Collection[int]
+    stats: Stats
+    laps: dict[str, float] = field(default_factory=dict)            # see ``timed``
+
+    def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A token by these logits, and the distribution it was drawn from; see ``pick``."""
+        return pick(logits, self.temperature, self.top_p, self.rng)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.tokens) == self.end or self.tokens[-1] in self.stop
+
+    def roll_back(self):
+        """Forget what the cache holds beyond the text: all its tokens count but the pending one."""
+        self.cache.length = len(self.tokens) - 1
+
+    def add(self, token: int, from_draft: bool = False):
+        """Write the next token, which is pending from now on."""
+        self.tokens.append(token)
+        self.roll_back()
+        self.stats.tokens.append(token)
+        self.stats.from_draft.append(from_draft)
+
+    @contextmanager
+    def timed(self, name: str):
+        """Add the seconds of a ``with`` block to a field of ``stats``, and note them in ``laps``.
+
+        A GPU is waited for: these are seconds of work that is done.
+        """
+        now = clock(self.model)
+        start = now()
+        yield
+        self.laps[name] = now() - start
+        total = getattr(self.stats, f"{name}_seconds")
+        setattr(self.stats, f"{name}_seconds", total + self.laps[name])
+
+
+class Draft(NamedTuple):
+    """Proposed tokens, and for each the distribution q (vocabulary,) it was drawn from."""
+    tokens: list[int]
+    distributions: list[Tensor | None]      # None when greedy
+
+
+class Outcome(NamedTuple):
+    """What came of a cycle."""
+    draft: Draft
+    accepted: int             # tokens of the draft
+    hidden: Tensor            # (L+1, hidden size): h_0 .. h_L of the last token in the cache
+    seconds: dict[str, float]           # of "draft" and "verify", and of the "optimize" before them
+
+
+NOTHING = Draft([], [])
+
+
+class Drafter:
+    """Proposes tokens for the whole model to check. This one never does.
+
+    Nothing that a drafter proposes can change the output, only the speed, as long as the
+    distributions it returns are those that its tokens were drawn from. Whether to draft, how, and
+    whether to draw *another* token may depend on all that is known on the draft's side. But a token
+    once drawn is proposed: dropping it for being unlikely would bias what is left.
+    """
+
+    def begin(self, text: Text, hidden: Tensor | None):
+        """A text starts. hidden (L+1, hidden size): of the last token in the cache; None: empty."""
+
+    def propose(self, text: Text, most: int) -> Draft:
+        """At most ``most`` tokens to come after the pending one, ``text.tokens[-1]``."""
+        return NOTHING
+
+    def observe(self, text: Text, outcome: Outcome):
+        """What the whole model made of the draft, after its tokens were written."""
+
+
+# ---------------------------------------------------------------------------- the loop
+
+def clasp(
+    model: Llama,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    skip_layers: int | None = None,
+    draft_length: int = DRAFT_LENGTH,
+    exit_threshold: float = EXIT_THRESHOLD,
+    opt_interval: int = OPT_INTERVAL,
+    **settings,
+) -> Iterator[int]:
+    """CLaSp decoding: ``decode`` with the drafter ``Clasp``; see there for what can be set."""
+    drafter = Clasp(model, skip_layers, draft_length, exit_threshold, opt_interval)
+    return decode(model, prompt, max_new_tokens, drafter, **settings)
+
+
 @torch.inference_mode()
-def clasp(model: Llama, prompt: list[int], max_new_tokens: int, *, skip_layers: int | None = None,
-          draft_length: int = DRAFT_LENGTH, exit_threshold: float = EXIT_THRESHOLD, opt_interval: int = OPT_INTERVAL,
-          exact: bool = True, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
-          stats: Stats | None = None, cache: KVCache | None = None, optimizer: Callable | None = None,
-          drafter: Callable | None = None, auto=None) -> Iterator[int]:
+def decode(
+    model: Llama, prompt: list[int], max_new_tokens: int, drafter: Drafter, **settings
+) -> Iterator[int]:
     """Yield up to max_new_tokens tokens, distributed exactly as the whole model's own.
 
-    prompt: at least one token id. skip_layers M: layers, or blocks worth them, left out of the draft, default half.
-    draft_length K: most tokens drafted per cycle. exit_threshold: a draft ends after a token at which the draft model's
-    top probability (before temperature and top-p) was lower (§5.3.3). opt_interval: cycles between optimisations
-    (§3.7). exact: verify in passes of one shape, bit for bit what plain decoding in that shape computes; False saves
-    the padding, and greedy text may part where two tokens tie. temperature 0: greedy. Ends after a token in ``stop``.
-    cache: may hold the prompt's first cache.length tokens, and must have scratch rows for a pass (``exact_width``)
-    and the programme. At every yield it holds all tokens so far but the last, so a caller may stop and go on with it.
-    optimizer, drafter: others in place of ``optimize`` and ``draft``, called as they are. The output stays the whole
-    model's whatever they do, as long as a draft's distributions are those its tokens were drawn from.
-    auto: an ``Auto`` (auto.py) to decide in place of skip_layers, exit_threshold, opt_interval; it drafts K at most.
-    Raises SettingsError (at the first token) for settings outside their range, and if prompt and new tokens do not
-    fit the context or the cache; ModelError if the model computes something that is no number.
-    """
-    layers = len(model.layers)
-    skip_layers = layers - 1 if auto else layers // 2 if skip_layers is None else skip_layers
-    budget = skip_layers * sum(model.block_costs or (1,))
-    require(0 <= skip_layers < layers, f"the skipped layers must be fewer than the model's {layers}, and at least 0")
-    require(1 <= draft_length < BLOCK, f"the draft length must lie between 1 and {BLOCK - 1}")
-    require(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
-    require(opt_interval >= 1, "the optimisation interval must be at least 1")
-    require(not auto or layers > 1 and not optimizer and not drafter, "auto needs two layers, and no other optimizer or drafter")
-    stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed % 2 ** 63)
-    require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
-    one_set = partial(select_layers, smallest=budget, costs=model.block_costs and model.block_costs * layers)
-    optimizer = optimizer or (auto.optimize if auto else partial(optimize, select=one_set))
-    go_on = auto.go_on if auto else lambda confidence: confidence >= exit_threshold
-    choose = partial(pick, temperature=temperature, top_p=top_p, rng=rng)
+    prompt: at least one token id. settings: see ``new_text``. Ends after a token in ``stop``. At
+    every yield the cache holds all tokens so far but the last, so a caller may stop and go on.
 
-    width = exact_width(model, draft_length + 1) if exact else None
-    rows = max(width or draft_length + 1, budget)                     # of a pass, and of the programme
-    start = now()
-    cache = cache or KVCache(model, len(prompt) + max_new_tokens, rows)
-    require_room(cache, prompt, max_new_tokens, rows)
-    hidden = prefill(model, cache, prompt[cache.length:-1])
-    stats.prefill_seconds = now() - start
-    pending, skip, most = prompt[-1], None, draft_length
-    if auto and not auto.begin(draft_length, exact):
-        hidden = None
-    while stats.new_tokens < max_new_tokens:
-        start = now()
-        if hidden is not None:                                        # an optimisation is due
-            skip = optimizer(model, cache, hidden, budget).skip_sets[-1]
-            stats.skip_sets.append((stats.new_tokens, skip))
-            stats.optimizations += 1
-        optimized = now()
-        drafted, q = [], []
-        if auto:
-            skip, most = auto.plan()
-            if most and skip != (stats.skip_sets or [(0, None)])[-1][1]:        # another, without a run of the programme
-                stats.skip_sets.append((stats.new_tokens, skip))
-        if skip is not None:       # else the prompt was one token: no state yet to choose layers from
-            length = min(most, draft_length, max_new_tokens - stats.new_tokens - 1)   # the verifier adds one of its own
-            if exact:
-                length = min(length, BLOCK - 1 - cache.length % BLOCK)          # and its rows lie in one block
-            drafted, q = (drafter or draft)(model, cache, pending, skip, length, go_on, choose, stop)
-        was_drafted, n = now(), cache.length
-        states, logits = full_pass(model, cache, [pending, *drafted], width)
-        if temperature == 0:
-            accepted, own = accept_greedy(drafted, logits)
-        else:
-            accepted, own = accept_sampled(drafted, q, distribution(logits, temperature, top_p), rng)
-        stats.cycles += 1
-        due = skip is None or stats.cycles % opt_interval == 0
-        if auto:
-            due = auto.learn(accepted, optimized - start, was_drafted - optimized, now() - was_drafted)
-        hidden = torch.stack([state[0, accepted] for state in states]) if due else None    # (L+1, dim)
-        end = now()
-        stats.optimize_seconds += optimized - start
-        stats.draft_seconds += was_drafted - optimized
-        stats.verify_seconds += end - was_drafted
-        stats.seconds += end - start
-        stats.drafted += len(drafted)
-        stats.accepted += accepted
-        for i, token in enumerate([*drafted[:accepted], own]):
-            stats.tokens.append(token)
-            stats.from_draft.append(i < accepted)
-            cache.length = n + i + 1      # the roll-back, token by token, since the caller may take no more
+    Raises SettingsError for settings outside their range, and if prompt and new tokens do not fit
+    the context or the cache; ModelError if the model computes something that is no number.
+    """
+    text, hidden = new_text(model, prompt, max_new_tokens, **settings)
+    with text.timed("optimize"):
+        drafter.begin(text, hidden)
+    while True:
+        with text.timed("draft"):
+            draft = propose(drafter, text)
+        with text.timed("verify"):
+            pending = text.tokens[-1]
+            states, logits = full_pass(model, text.cache, [pending, *draft.tokens], text.width)
+            accepted, own = accept(text, draft, logits)
+            hidden = torch.stack([state[0, accepted] for state in states])
+        text.stats.cycles += 1
+        text.stats.drafted += len(draft.tokens)
+        text.stats.accepted += accepted
+        for i, token in enumerate([*draft.tokens[:accepted], own]):
+            text.add(token, from_draft=i < accepted)
             yield token
-            if token in stop:
+            if text.is_finished:
                 return
-        pending = own
+        with text.timed("optimize"):
+            drafter.observe(text, Outcome(draft, accepted, hidden, text.laps))
 
 
 @torch.inference_mode()
-def autoregressive(model: Llama, prompt: list[int], max_new_tokens: int, *, width: int | None = None,
-                   temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, stop: Collection[int] = (),
-                   stats: Stats | None = None, cache: KVCache | None = None) -> Iterator[int]:
-    """Plain decoding, one token per pass of the whole model. Arguments as for ``clasp``.
+def autoregressive(
+    model: Llama, prompt: list[int], max_new_tokens: int, **settings
+) -> Iterator[int]:
+    """Plain decoding, one token per pass of the whole model. settings: see ``new_text``.
 
-    width: None, one row a pass, is fastest; K + 1 computes as clasp's verify passes do, the other rows being padding.
+    Fastest with one row a pass, the default. In passes of the ``width`` that ``decode`` is given it
+    writes the very same greedy text, bit for bit.
     """
-    stats, now, rng = stats or Stats(), clock(model), torch.Generator(model.embed.weight.device).manual_seed(seed % 2 ** 63)
-    require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
-    width = width and exact_width(model, width)
-    start = now()
-    cache = cache or KVCache(model, len(prompt) + max_new_tokens, width or 1)
-    require_room(cache, prompt, max_new_tokens, width or 1)
-    prefill(model, cache, prompt[cache.length:-1])
-    stats.prefill_seconds = now() - start
-    token = prompt[-1]
-    while stats.new_tokens < max_new_tokens:
-        start = now()
-        _, logits = full_pass(model, cache, [token], width)
-        token = int(pick(logits[0], temperature, top_p, rng)[0])
-        stats.seconds += now() - start
-        stats.cycles += 1
-        stats.tokens.append(token)
-        stats.from_draft.append(False)
+    text, _ = new_text(model, prompt, max_new_tokens, **settings)
+    while True:
+        with text.timed("verify"):
+            _, logits = full_pass(model, text.cache, text.tokens[-1:], text.width)
+            token = int(text.choose(logits[0])[0])
+        text.stats.cycles += 1
+        text.add(token)
         yield token
-        if token in stop:
+        if text.is_finished:
             return
 
 
+def new_text(
+    model: Llama,
+    prompt: list[int],
+    max_new_tokens: int,
+    *,
+    width: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Collection[int] = (),
+    stats: Stats | None = None,
+    cache: KVCache | None = None,
+) -> tuple[Text, Tensor | None]:
+    """A text with its prompt in the cache, all but the pending token; and the last states there.
+
+    width: rows of every pass of the whole model, those left over being padding. With a width that
+        extras/exact.py finds, greedy text is that of plain decoding in such passes to the last bit.
+        None: as many rows as tokens, which is faster; greedy text may then part where two tokens
+        tie but for rounding.
+    temperature: 0 is greedy. top_p: sample from the most likely tokens that reach it together.
+    stop: token ids that end a text. stats: new ones, to be filled.
+    cache: may hold the prompt's first cache.length tokens already.
+    """
+    stats = stats or Stats()
+    require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
+    end = len(prompt) + max_new_tokens
+    cache = cache or KVCache(model, end, width or 1)
+    require_room(cache, prompt, end, width or 1)
+    rng = torch.Generator(model.device).manual_seed(seed)
+    text = Text(model, cache, list(prompt), end, width, temperature, top_p, rng, stop, stats)
+    with text.timed("prefill"):
+        hidden = prefill(model, cache, prompt[cache.length:-1])
+    return text, hidden
+
+
 def prefill(model: Llama, cache: KVCache, tokens: list[int]) -> Tensor | None:
-    """Put tokens into the cache; return the last one's hidden states (L+1, dim), None if there is none."""
+    """Put tokens into the cache; return the last one's hidden states (L+1, hidden size), if any."""
     states = []
     for i in range(0, len(tokens), PREFILL_ROWS):
         states = model(as_row(model, tokens[i:i + PREFILL_ROWS]), cache)
     return torch.stack([state[0, -1] for state in states]) if states else None
 
 
-def optimize(model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=select_layers) -> Selection:
-    """Choose the layers to skip by the DP over the last token in the cache, whose states are ``hidden``.
+def propose(drafter: Drafter, text: Text) -> Draft:
+    """A draft of no more tokens than there is room for; what it left in the cache is scratch."""
+    most = text.end - len(text.tokens) - 1           # the verifier adds a token of its own
+    if text.width is not None:
+        block_end = BLOCK - 1 - text.cache.length % BLOCK
+        most = min(most, text.width - 1, block_end)  # the rows of an exact pass lie in one block
+    draft = drafter.propose(text, most)
+    require(len(draft.tokens) <= most, f"a {type(drafter).__name__} proposed {len(draft.tokens)} "
+                                       f"tokens where there is room for {most}")
+    text.roll_back()
+    return draft
 
-    hidden (L+1, dim). ``select`` is either reading of Algorithm 1 in dp_skip.py. The cache's valid part
-    is only read; the ``budget`` slots behind it are used, and left clean: masked as they are for the next pass,
-    a NaN there, from a candidate that overflowed, would be one in every sum it is multiplied by 0 into.
+
+def full_pass(
+    model: Llama, cache: KVCache, tokens: list[int], width: int | None
+) -> tuple[list[Tensor], Tensor]:
+    """The whole model on tokens: h_0 .. h_L (1, rows, hidden) each, logits (tokens, vocabulary).
+
+    With a ``width`` every pass has that many rows, over whole blocks of the cache up to the first
+    token's own, so that no shape depends on how many tokens there are: a row's bits then depend on
+    its token and the keys and values before it alone (see extras/exact.py). Rows left over are
+    padding. Without a width: as many rows as tokens, over the filled slots.
+
+    Raises ModelError for logits that are NaN or infinite.
     """
-    selection = select(candidate_layer(model, cache, budget), hidden, budget)
+    n = cache.length
+    padding = []
+    slots = None
+    if width is not None:
+        padding = tokens[:1] * (width - len(tokens))
+        slots = whole_blocks(n + 1)
+    states = model(as_row(model, tokens + padding), cache, slots=slots)
+    logits = model.logits(states[-1])[0, :len(tokens)]
+    cache.length = n + len(tokens)
+    require_finite(logits)
+    return states, logits
+
+
+def as_row(model: Llama, tokens: list[int]) -> Tensor:
+    return torch.tensor([tokens], device=model.device)
+
+
+# ---------------------------------------------------------------------------- CLaSp's drafter
+
+class FixedSet(Drafter):
+    """Drafts with a set of layers left out, here always the same."""
+
+    def __init__(
+        self,
+        skip: Collection[int] | None,
+        draft_length: int = DRAFT_LENGTH,
+        exit_threshold: float = EXIT_THRESHOLD,
+    ):
+        """draft_length K: most tokens drafted per cycle.
+
+        exit_threshold: a draft ends after a token at which the draft model's top probability
+        (before temperature and top-p) was lower (§5.3.3).
+        """
+        require_draft_length(draft_length)
+        require(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
+        self.skip = skip
+        self.draft_length = draft_length
+        self.exit_threshold = exit_threshold
+
+    def propose(self, text: Text, most: int) -> Draft:
+        if self.skip is None:            # no layers are chosen yet: the prompt was a single token
+            return NOTHING
+        go_on = self.is_sure if self.exit_threshold > 0 else None
+        most = min(most, self.draft_length)
+        return draft_by_skipping(text, self.skip, most, go_on)
+
+    def is_sure(self, confidence: float) -> bool:
+        return confidence >= self.exit_threshold
+
+
+class Clasp(FixedSet):
+    """Drafts with those layers left out that the DP found to matter least at a recent token (§3.4).
+
+    The DP runs after the prompt, and then every ``opt_interval`` cycles (§3.7), on the states of
+    the last token that was accepted.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        skip_layers: int | None = None,
+        draft_length: int = DRAFT_LENGTH,
+        exit_threshold: float = EXIT_THRESHOLD,
+        opt_interval: int = OPT_INTERVAL,
+    ):
+        """skip_layers M: layers left out of the draft; default: half."""
+        layers = len(model.layers)
+        self.budget = layers // 2 if skip_layers is None else skip_layers
+        self.opt_interval = opt_interval
+        require(0 <= self.budget < layers,
+                f"the skipped layers must be fewer than the model's {layers}, and at least 0")
+        require(opt_interval >= 1, "the optimisation interval must be at least 1")
+        super().__init__(None, draft_length, exit_threshold)
+
+    def begin(self, text: Text, hidden: Tensor | None):
+        self.skip = None
+        if hidden is not None:
+            self.choose_layers(text, hidden)
+
+    def observe(self, text: Text, outcome: Outcome):
+        if self.skip is None or text.stats.cycles % self.opt_interval == 0:
+            self.choose_layers(text, outcome.hidden)
+
+    def choose_layers(self, text: Text, hidden: Tensor):
+        select = partial(select_layers, smallest=self.budget)
+        self.skip = optimize(text.model, text.cache, hidden, self.budget, select).skip_sets[-1]
+        text.stats.optimizations += 1
+        text.stats.skip_sets.append((text.stats.new_tokens, self.skip))
+
+
+def optimize(
+    model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=select_layers
+) -> Selection:
+    """Choose the layers to skip by the DP over the last token in the cache.
+
+    hidden (L+1, hidden size): its states. ``select``: either reading of Algorithm 1 in dp_skip.py.
+
+    The cache's valid part is only read. The ``budget`` slots behind it are used, and left clean: a
+    NaN there, from a candidate that overflowed, would spoil the next pass although it is masked,
+    since 0 * NaN is NaN.
+    """
+    selection = select(model.candidate_layer(cache, budget), hidden, budget)
     cache.slots[..., cache.length:cache.length + budget, :] = 0
     return selection
 
 
-def candidate_layer(model: Llama, cache: KVCache, rows: int) -> Layer:
-    """Decoder layers on candidate states of the last cached token, as dp_skip.py wants them (§3.6).
+def draft_by_skipping(
+    text: Text,
+    skip: Collection[int],
+    most: int,
+    go_on: Callable[[float], bool] | None = None,
+) -> Draft:
+    """Up to ``most`` tokens by the model without the layers in ``skip``, one row a pass.
 
-    A candidate stands at that token's position p. It sees the true keys and values before p, not those at
-    p, which belong to the true state, and its own: each has a slot to itself behind the valid ones.
+    It ends after a stop token, and after one at which ``go_on(confidence)`` is false. The confidence
+    is the draft model's top probability there (NaN if the layers that are left overflow).
     """
-    if hasattr(model, "candidate_layer"):                             # cuda_graphs.py has its own
-        return model.candidate_layer(cache, rows)
-    n, parts = cache.length, model.parts
-    cos, sin = cache.cos[n - 1:n], cache.sin[n - 1:n]                 # one position for all rows
-    mask = torch.full((rows, n + rows), -torch.inf, dtype=cos.dtype, device=cos.device)
-    mask[:, :n - 1] = 0
-    mask[:, n:].fill_diagonal_(0)
+    model = text.model
+    token = text.tokens[-1]
+    tokens = []
+    distributions = []
+    while len(tokens) < most:
+        states = model(as_row(model, [token]), text.cache, skip)
+        logits = model.logits(states[-1])[0, 0]                       # (vocabulary,)
+        drawn, q = text.choose(logits)
+        token = int(drawn)
+        tokens.append(token)
+        distributions.append(q)
+        sure = go_on is None or go_on(logits.float().softmax(-1).max().item())
+        if token in text.stop or not sure:
+            break
+    return Draft(tokens, distributions)
 
-    def layer(i: int, candidates: Tensor) -> Tensor:
-        m = len(candidates)
-        return parts[i](candidates[None], cos, sin, mask[:m, :n + m], partial(cache.put, model.layer_of(i), n, n + m))[0]
 
-    return layer
+# ---------------------------------------------------------------------------- acceptance
 
-
-def draft(model: Llama, cache: KVCache, token: int, skip: Collection[int], length: int,
-          go_on: Callable[[float], bool], choose: Callable, stop: Collection[int]) -> tuple[list[int], list[Tensor | None]]:
-    """Up to ``length`` tokens after ``token`` by the model without the layers in ``skip``.
-
-    Returns them and, when sampling, the distributions q they were drawn from. cache.length is put back:
-    the verifier starts over from there.
-
-    Whether to draw *another* token, ``go_on`` says from the confidence at the last, its top probability; a token once
-    drawn is kept. Dropping it for being unlikely would bias what is left: it was drawn from another distribution than q.
-    """
-    start, tokens, distributions = cache.length, [], []
-    try:
-        while len(tokens) < length:
-            logits = model.logits(model(as_row(model, [token]), cache, skip)[-1])[0, 0]
-            drawn, q = choose(logits)
-            drawn, confidence = torch.stack((drawn, logits.float().softmax(-1).max())).tolist()    # waits for the device
-            if math.isnan(confidence):                 # fewer layers may overflow float16 where all do not
-                break
-            tokens.append(token := int(drawn))
-            distributions.append(q)
-            if not go_on(confidence) or token in stop:
-                break
-    finally:
-        cache.length = start
-    return tokens, distributions
+def accept(text: Text, draft: Draft, logits: Tensor) -> tuple[int, int]:
+    """How many drafted tokens are kept, and the whole model's own token after them."""
+    if text.temperature == 0:
+        return accept_greedy(draft.tokens, logits)
+    p = distribution(logits, text.temperature, text.top_p)
+    return accept_sampled(draft.tokens, draft.distributions, p, text.rng)
 
 
 def accept_greedy(drafted: list[int], logits: Tensor) -> tuple[int, int]:
@@ -265,58 +465,82 @@ def accept_greedy(drafted: list[int], logits: Tensor) -> tuple[int, int]:
     return accepted, best[accepted]
 
 
-def accept_sampled(drafted: list[int], q: list[Tensor], p: Tensor, rng: torch.Generator) -> tuple[int, int]:
+def accept_sampled(
+    drafted: list[int], q: list[Tensor], p: Tensor, rng: torch.Generator
+) -> tuple[int, int]:
     """Speculative sampling (Leviathan et al. 2023, Chen et al. 2023): the same, for distributions.
 
-    q: k distributions (vocabulary,) the draft drew from; p (k+1, vocabulary) the whole model's. Token d is
-    accepted with probability min(1, p(d) / q(d)); in place of the first rejected one a token is drawn from
-    max(p - q, 0), normalised, which is just what p has and accepting has not yet given. After a draft
-    accepted whole, one more comes from p.
+    q: k distributions (vocabulary,) that the drafted tokens were drawn from. p (k+1, vocabulary):
+    the whole model's. Drafted token d is accepted with probability min(1, p(d) / q(d)). In place of
+    the first rejected one a token is drawn from
+
+        max(p - q, 0), normalised
+
+    which is just what p has and accepting has not yet given. After a draft accepted whole, one more
+    token is drawn from p.
     """
-    k, tail = len(drafted), p[-1]
-    accepted = k
-    if k:
-        i, d = torch.arange(k, device=p.device), torch.tensor(drafted, device=p.device)
-        q = torch.stack(q)
-        keep = (p[i, d] / q[i, d].clamp(min=torch.finfo(q.dtype).tiny)).clamp(max=1)
-        kept = torch.bernoulli(keep, generator=rng)
-        accepted = int(torch.cat((kept, kept.new_zeros(1))).argmin())        # the first rejected, or k
-        if accepted < k:
-            tail = (p[accepted] - q[accepted]).clamp(min=0)
-            tail = torch.where(tail.sum() > 0, tail, p[accepted])     # p = q but for rounding: nothing is left
-    return accepted, int(torch.multinomial(tail, 1, generator=rng))
+    accepted = 0
+    if drafted:
+        row = torch.arange(len(drafted), device=p.device)
+        token = torch.tensor(drafted, device=p.device)
+        ratio = p[row, token] / torch.stack(q)[row, token]                # (k,)
+        kept = torch.bernoulli(ratio.clamp(max=1), generator=rng)         # 1 or 0 each
+        accepted = int(kept.cumprod(0).sum())                             # leading ones
+    weights = p[accepted]
+    if accepted < len(drafted):
+        residual = (p[accepted] - q[accepted]).clamp(min=0)
+        if residual.sum() > 0:           # else p = q but for rounding, and p will do
+            weights = residual
+    return accepted, int(torch.multinomial(weights, 1, generator=rng))
 
 
-def pick(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """One token () from logits (vocabulary,), and the distribution it was drawn from (None when greedy)."""
+def pick(
+    logits: Tensor, temperature: float, top_p: float, rng: torch.Generator
+) -> tuple[Tensor, Tensor | None]:
+    """One token () by logits (vocabulary,), and the distribution it was drawn from.
+
+    Temperature 0 is greedy: the most likely token, and None.
+    """
     if temperature == 0:
         return logits.argmax(), None
-    q = distribution(logits.nan_to_num(), temperature, top_p)         # a draft may overflow, and is then dropped
+    q = distribution(logits.nan_to_num(), temperature, top_p)    # fewer layers may overflow
     return torch.multinomial(q, 1, generator=rng)[0], q
 
 
 def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Logits (..., vocabulary) -> probabilities in float32 after temperature and nucleus (top-p) filtering.
+    """Logits (..., vocabulary) -> probabilities, float32, after temperature and top-p filtering.
 
-    Nucleus: the fewest most likely tokens whose probabilities reach top_p together, renormalised.
+    Top-p (nucleus): the fewest most likely tokens whose probabilities reach top_p together,
+    renormalised.
     """
     logits = logits.float()
-    p = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)      # no overflow, however cold
+    logits = logits - logits.amax(-1, keepdim=True)              # so that no division overflows
+    p = (logits / temperature).softmax(-1)
     if top_p < 1:
         ordered, token = p.sort(dim=-1, descending=True)
-        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0            # those before it reach top_p already
+        before = ordered.cumsum(-1) - ordered                    # probability of those before it
+        ordered[before >= top_p] = 0
         p = torch.zeros_like(p).scatter(-1, token, ordered)
-        p /= p.sum(-1, keepdim=True)
+        p = p / p.sum(-1, keepdim=True)
     return p
 
 
+# ---------------------------------------------------------------------------- clock and refusals
+
 def clock(model: Llama) -> Callable[[], float]:
-    """Seconds now, after all work given to the device is done."""
-    device = model.embed.weight.device
-    if device.type == "cpu":
+    """A function that returns seconds, after all work given to the model's device is done."""
+    if model.device.type == "cpu":
         return time.perf_counter
-    synchronize = torch.mps.synchronize if device.type == "mps" else partial(torch.cuda.synchronize, device)
-    return lambda: synchronize() or time.perf_counter()
+    if model.device.type == "mps":
+        synchronize = torch.mps.synchronize
+    else:
+        synchronize = partial(torch.cuda.synchronize, model.device)
+
+    def now() -> float:
+        synchronize()
+        return time.perf_counter()
+
+    return now
 
 
 class SettingsError(ValueError):
@@ -328,21 +552,45 @@ def require(condition: bool, message: str):
         raise SettingsError(message)
 
 
-def require_possible(model: Llama, prompt: list[int], max_new_tokens: int, temperature: float, top_p: float, seed: int,
-                     stats: Stats):
+def require_possible(
+    model: Llama,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stats: Stats,
+):
     context = model.config.max_position_embeddings
     require(len(prompt) >= 1, "the prompt is empty")
     require(max_new_tokens >= 1, "the number of new tokens must be at least 1")
     require(len(prompt) + max_new_tokens <= context,
-          f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the model's context of {context}")
-    require(0 <= min(prompt) and max(prompt) < model.config.vocab_size, "the prompt has tokens outside the model's vocabulary")
+            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the model's "
+            f"context of {context}")
+    require(0 <= min(prompt) and max(prompt) < model.config.vocab_size,
+            "the prompt has tokens outside the model's vocabulary")
     require(not stats.tokens, "these statistics are of another text: take new ones")
-    require(temperature == 0 or temperature >= 1e-6, "the temperature must be 0 (greedy) or at least 1e-6")
+    require(temperature == 0 or temperature >= 1e-6,
+            "the temperature must be 0 (greedy) or at least 1e-6")
     require(0 <= seed < 2 ** 63, "the seed must lie between 0 and 2^63 - 1")
     require(1e-6 <= top_p <= 1, "top-p must lie between 1e-6 and 1")
 
 
-def require_room(cache: KVCache, prompt: list[int], max_new_tokens: int, width: int):
-    require(cache.length < len(prompt), f"the cache holds {cache.length} tokens, and the prompt has only {len(prompt)}")
-    require(cache.tokens >= len(prompt) + max_new_tokens and cache.rows >= width,
-            f"the cache has no room for {len(prompt)} + {max_new_tokens} tokens in passes of {width} rows")
+def require_draft_length(draft_length: int):
+    require(1 <= draft_length < BLOCK, f"the draft length must lie between 1 and {BLOCK - 1}")
+
+
+def require_room(cache: KVCache, prompt: list[int], end: int, width: int):
+    require(cache.length < len(prompt),
+            f"the cache holds {cache.length} tokens, and the prompt has only {len(prompt)}")
+    require(cache.tokens >= end and cache.rows >= width,
+            f"the cache has no room for {end} tokens in passes of {width} rows")
+
+
+def require_finite(logits: Tensor):
+    if logits.max().isfinite():                                  # NaN counts as the maximum
+        return
+    advice = ""
+    if logits.dtype != torch.float32:
+        advice = f", or {logits.dtype} is too narrow for it (then use float32)"
+    raise ModelError(f"the model computes NaN or infinity: its weights are damaged{advice}")

@@ -1,0 +1,218 @@
+"""Products of a few rows as fast as this CPU reads the weights.
+
+Decoding multiplies 1 row (plain, draft), K+1 (verify) or up to M (the DP) with each matrix, and
+the time should be that of reading the matrix, whatever the number. ``nn.Linear`` is far from it:
+several rows cost two to four times what one does, and that is what speculative decoding lives on.
+Remedies, with their measurements in docs/speed.md:
+
+* Weights that were saved in 16 bits, as nearly all are, lie here in float16 whatever the model's
+  dtype: half the bytes of float32. FBGEMM widens them in registers; products and sums are float32.
+* In bfloat16 on a CPU that computes in it, matrices are packed into oneDNN's own order, once, after
+  loading; oneDNN would otherwise rearrange them at every call.
+* Of true float32 weights, large matrices are packed so too. Small ones, where oneDNN's overhead of
+  some 20 us a call shows, stay as they are but stand on the left: MKL computes (W x^T)^T up to
+  twice as fast as x W^T.
+
+All that is not on an x86 CPU stays with nn.Linear. On CUDA attention is exchanged.
+
+Read ``pack`` first.
+"""
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import DecoderLayer, Llama, RMSNorm, attention
+
+LARGE = 2 ** 18               # numbers in a float32 matrix from which on oneDNN is faster than MKL
+FEW = 12                      # rows up to which MKL is faster with the weight on the left
+THREADED = 3 * 2 ** 18        # numbers in a matrix from which on threads are worth their start
+ROUNDED = 2.0 ** -25          # float16 holds bfloat16 weights below 2^16 to this, finer than sums
+SLOW_TO_PACK = 2 ** 27        # numbers in the embedding, from which on packing shows its progress
+MATRICES = ("qkv", "o", "gate_up", "down")               # of a layer
+
+
+def pack(model: Llama) -> Llama:
+    """The same model, made faster in place for inference with batch 1; elsewhere untouched.
+
+    A packed layer has no weight to look at or save. A tied head becomes a matrix of its own beside
+    the embedding.
+    """
+    device = model.embed.weight.device.type
+    if device == "cuda":
+        attend_folded(model)
+    on_x86 = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    if device != "cpu" or not on_x86:
+        return model
+    faster = choose_products(model.embed.weight.dtype)
+
+    def pack_layer(layer: DecoderLayer):
+        for name in MATRICES:
+            setattr(layer, name, faster(getattr(layer, name)))
+        layer.attention_norm = QuickNorm(layer.attention_norm)
+        layer.mlp_norm = QuickNorm(layer.mlp_norm)
+
+    # FBGEMM packs 60 million weights a second in each thread.
+    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as threads:
+        head = threads.submit(faster, model.head or model.embed)
+        layers = threads.map(pack_layer, model.layers)
+        if model.embed.weight.numel() >= SLOW_TO_PACK:
+            from tqdm import tqdm  # comes with huggingface-hub
+            layers = tqdm(layers, "packing weights", len(model.layers), leave=False, disable=None)
+        for _ in layers:
+            pass
+        if head.result() is not model.embed:
+            model.head = head.result()
+    return model
+
+
+def choose_products(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
+    """A function that exchanges a linear layer (or embedding) of a dtype for its fastest form."""
+    computes_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
+    small = unthreaded_product()
+
+    def faster(linear: nn.Module) -> nn.Module:
+        weight = linear.weight
+        if dtype == torch.bfloat16 and computes_bfloat16:
+            return PackedLinear(weight)
+        if has_fbgemm and all(saved_in_16_bits(part) for part in weight.split(4096)):
+            return Float16Linear(weight, small)
+        if dtype != torch.float32:
+            return linear
+        return PackedLinear(weight) if weight.numel() >= LARGE else WeightFirstLinear(weight)
+
+    return faster
+
+
+def saved_in_16_bits(weight: Tensor) -> bool:
+    """Do float16 or bfloat16 hold these numbers, and float16 well enough?"""
+    kept = weight.half().to(weight)
+    if torch.equal(kept, weight):
+        return True
+    in_bfloat16 = torch.equal(weight.bfloat16().to(weight), weight)
+    return in_bfloat16 and bool((weight - kept).abs().max() <= ROUNDED)
+
+
+def unthreaded_product() -> Callable | None:
+    """FBGEMM's entrance without threads, if this torch still has it: it is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                  # which it says once
+        try:
+            multiply = torch.fbgemm_linear_fp16_weight_fp32_activation
+            rows = torch.ones(8, 8)
+            multiply(rows, torch.fbgemm_pack_gemm_matrix_fp16(rows), None)
+            return multiply
+        except (AttributeError, RuntimeError, TypeError):
+            return None
+
+
+# ---------------------------------------------------------------------------- the modules
+
+class PackedLinear(nn.Module):
+    """``nn.Linear`` without bias whose weight lies in oneDNN's order. torch.compile's operators."""
+    ROWS = 8                  # that it may expect
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, self.ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, None, "none", [], "")
+
+
+class Float16Linear(nn.Module):
+    """``nn.Linear`` without bias whose weight lies in float16, in FBGEMM's order.
+
+    x and its products are float32. The same kernels have two entrances: one that uses all threads,
+    for 35 us a call, and one that does not (``small``), for 3 us.
+    """
+
+    def __init__(self, weight: Tensor, small: Callable | None = None):
+        super().__init__()
+        self.nbytes = 2 * weight.numel()
+        if weight.numel() < THREADED and small:
+            self.weight = torch.fbgemm_pack_gemm_matrix_fp16(weight.float())
+            self.multiply = small
+        else:
+            self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+            self.multiply = threaded_product
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.multiply(x.float(), self.weight, None).to(x.dtype)
+
+
+def threaded_product(x: Tensor, weight, bias) -> Tensor:
+    return torch.ops.quantized.linear_dynamic_fp16(x, weight)
+
+
+class WeightFirstLinear(nn.Module):
+    """``nn.Linear`` without bias that multiplies a few rows x (1, rows, in) as (W x^T)^T."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 1 or not 1 < x.shape[1] <= FEW:
+            return F.linear(x, self.weight)
+        return torch.mm(self.weight, x[0].t()).t().contiguous()[None]
+
+
+class QuickNorm(nn.Module):
+    """RMSNorm in 4 kernels, where a CPU's F.rms_norm takes 9; in float32.
+
+        x / sqrt(|x|^2 + dim eps) * sqrt(dim) weight
+    """
+
+    def __init__(self, norm: RMSNorm):
+        super().__init__()
+        size = norm.weight.numel()
+        self.weight = norm.weight.float() * size ** 0.5
+        self.small = torch.tensor((size * norm.eps) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        return (wide / torch.hypot(length, self.small) * self.weight).to(x.dtype)
+
+
+# ---------------------------------------------------------------------------- CUDA's attention
+
+def folded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What model.attention computes, for CUDA: its fast kernels take no mask with query groups.
+
+    The heads of a group become rows of one head, so nothing is repeated but the mask, which may
+    come so already.
+    """
+    rows = q.shape[2]
+    if mask is None and rows > 1:                        # causal from slot 0: has a kernel
+        return attention(q, k, v, mask)
+    batch, kv_heads = k.shape[:2]
+    groups = q.shape[1] // kv_heads
+    if mask is not None and len(mask) < groups * rows:
+        mask = mask.repeat(groups, 1)
+    folded = q.reshape(batch, kv_heads, groups * rows, -1)
+    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
+
+
+def attend_folded(model: Llama):
+    """Let all layers take ``folded_attention``; and no attention of cuDNN's, in this whole process.
+
+    PyTorch prefers cuDNN's on some GPUs, but it plans anew, for tens of milliseconds, at every new
+    number of slots: at each token.
+    """
+    for layer in model.layers:
+        layer.attend = folded_attention
+    if model.embed.weight.device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def bytes_read(model: Llama) -> int:
+    """Of weights, for one token: all matrices but an untied embedding, as they lie in memory."""
+    matrices = [getattr(layer, name) for layer in model.layers for name in MATRICES]
+    matrices.append(model.head or model.embed)
+    return sum(getattr(m, "nbytes", 0) or m.weight.nbytes for m in matrices)
