@@ -7,13 +7,17 @@
     chat_template.jinja          the same, in a file of its own                 Tokenizer
     generation_config.json       stop tokens; settings for CLaSp that suit it   stop_tokens, ...
 
-Whatever would come out wrong is refused by name (ModelError, one line).
+Whatever model.py would compute wrongly is refused: a ModelError, one line that names what is wrong.
 """
 import json
+import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from threading import Thread
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +26,7 @@ from torch import Tensor
 from model import Config, Llama, ModelError
 
 BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "fairy-tales"
-FILES = [                     # of a repository, what is downloaded
+FILES = [                     # what is downloaded of a repository
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -37,13 +41,13 @@ FILES = [                     # of a repository, what is downloaded
 # ---------------------------------------------------------------------------- finding it
 
 def find_folder(name: str) -> Path:
-    """A folder as it is; a Hugging Face repo id ("owner/name") is downloaded, or found in its cache."""
+    """The folder of this name, or that of a Hugging Face repo id ("owner/name"), downloaded once."""
     try:
         folder = Path(name).expanduser()
         if folder.is_dir():
             return folder
         exists = folder.exists()
-    except (OSError, RuntimeError) as error:       # not allowed to look, name too long, ~nobody
+    except (OSError, RuntimeError, ValueError) as error:    # forbidden, too long, no such user, NUL
         raise ModelError(f"no folder {name} ({error})") from None
     like_a_path = name.startswith((".", "/", "~")) or name.endswith("/")
     if exists or like_a_path or name.count("/") != 1:
@@ -53,8 +57,8 @@ def find_folder(name: str) -> Path:
 
 
 def download(name: str) -> Path:
-    """A repository's files in Hugging Face's cache; its config.json first, before gigabytes follow."""
-    from huggingface_hub import errors, snapshot_download       # a second to import
+    """A repository's files, in Hugging Face's cache. First config.json, before gigabytes follow."""
+    from huggingface_hub import errors, snapshot_download  # a second to import
     try:
         read_config(Path(snapshot_download(name, allow_patterns=["config.json"])))
         return Path(snapshot_download(name, allow_patterns=FILES))
@@ -78,7 +82,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object")
@@ -110,7 +114,8 @@ def read_config(folder: Path) -> Config:
     if not raw:
         raise ModelError(f"{path} is missing or empty: a model folder holds config.json, "
                          "*.safetensors, tokenizer.json")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}     # new name, old name
+    # The new name is rope_parameters; where both are given, transformers takes the old one.
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ModelError(f"{path}: the RoPE fields are no object")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -118,20 +123,31 @@ def read_config(folder: Path) -> Config:
     try:
         scaling = None
         if rope_type == "llama3":
-            scaling = {name: float(rope[name]) for name in LLAMA3_SCALING}
+            scaling = {name: positive(name, rope[name]) for name in LLAMA3_SCALING}
+        # Fields that are missing have transformers' defaults.
+        theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
         return Config(
             **read_sizes(raw),
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+            rms_norm_eps=positive("rms_norm_eps", raw.get("rms_norm_eps", 1e-6)),
+            rope_theta=positive("rope_theta", theta),
             rope_scaling=scaling,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)))
     except KeyError as error:
         raise ModelError(f"{path}: the field {error} is missing") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
         raise ModelError(f"{path}: {error}") from None
 
 
+def positive(name: str, value) -> float:
+    """A number as a float. Raises ValueError unless it is positive and finite."""
+    number = float(value)
+    if not 0 < number < float("inf"):
+        raise ValueError(f"{name} must be a positive number, not {value}")
+    return number
+
+
 def refuse_other_architectures(path: Path, raw: dict, rope_type: str):
+    """Raise ModelError for what is not a plain LLaMA."""
     model_type = raw.get("model_type")
     activation = raw.get("hidden_act", "silu")
     checks = [
@@ -149,6 +165,7 @@ def refuse_other_architectures(path: Path, raw: dict, rope_type: str):
 
 
 def read_sizes(raw: dict) -> dict[str, int]:
+    """The sizes of a Config. Raises KeyError or ValueError for those that cannot be."""
     sizes = {name: raw[name] for name in SIZES}
     heads = sizes["num_attention_heads"]
     sizes["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
@@ -198,21 +215,24 @@ def load_model(folder: Path, device="cpu", dtype=torch.float32) -> Llama:
     Raises ModelError for a missing, damaged or unsupported config.json or weight file, and for
     missing, unknown and wrongly shaped tensors.
     """
-    model = empty_model(read_config(folder), device, dtype)
+    config = read_config(folder)
+    files = weight_files(folder)
+    names = stored_names(files)
+    refuse_impossible_sizes(folder, config, files)
+    # A stored head may differ from the embedding although the config says that they are one.
+    is_tied = config.tie_word_embeddings and "lm_head.weight" not in names
+    model = empty_model(replace(config, tie_word_embeddings=is_tied), device, dtype)
     wanted = named_weights(model)
-    for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():
-                    if not is_redundant(name, model):
-                        fill(wanted, name, tensors.get_tensor(name), path)
-        except FileNotFoundError:
-            raise ModelError(f"{path} is missing") from None
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path}: damaged or truncated ({error})") from None
+    for path in files:
+        with opened(path) as tensors:
+            for name in tensors.keys():
+                if not name.endswith("rotary_emb.inv_freq"):     # which the config implies
+                    fill(wanted, name, tensors.get_tensor(name), path)
     if wanted:
         others = f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""
         raise ModelError(f"{folder}: no weights for {next(iter(wanted))}{others}")
+    if config.tie_word_embeddings and not is_tied:
+        tie_equal_head(model, config)
     return model
 
 
@@ -225,22 +245,61 @@ def empty_model(config: Config, device="cpu", dtype=torch.float32) -> Llama:
     return model.requires_grad_(False).eval()
 
 
+def tie_equal_head(model: Llama, config: Config):
+    """Let a head share the embedding's memory again, if that is what it holds."""
+    if torch.equal(model.head.weight, model.embed.weight):
+        model.head = None
+        model.config = config
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the files that an index names."""
+    """model.safetensors; if there is none, the files that an index names."""
+    single = folder / "model.safetensors"
     path = folder / "model.safetensors.index.json"
     index = read_json(path)
-    if not index:
-        return [folder / "model.safetensors"]
+    if single.exists() or not index:
+        return [single]
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
         raise ModelError(f"{path}: no weight_map from names to files")
+    for file in shards.values():
+        if Path(file).name != file:
+            raise ModelError(f"{path}: names the file {file}, which is not in this folder")
     return [folder / file for file in sorted(set(shards.values()))]
 
 
-def is_redundant(name: str, model: Llama) -> bool:
-    """Is a tensor derived from the config, or a tied head, which is the embedding?"""
-    tied_head = name == "lm_head.weight" and model.head is None
-    return tied_head or name.endswith("rotary_emb.inv_freq")
+@contextmanager
+def opened(path: Path):
+    """A file of tensors, memory-mapped. Raises ModelError if it cannot be read."""
+    if path.exists() and not path.is_file():
+        raise ModelError(f"{path} is not a file")
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError:
+        raise ModelError(f"{path} is missing") from None
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path}: damaged or truncated ({error})") from None
+
+
+def stored_names(files: list[Path]) -> set[str]:
+    names = set()
+    for path in files:
+        with opened(path) as tensors:
+            names.update(tensors.keys())
+    return names
+
+
+def refuse_impossible_sizes(folder: Path, config: Config, files: list[Path]):
+    """Before memory is asked for: do the files hold as many bytes as the config implies weights?"""
+    c = config
+    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads     # of q, k, v and o
+    layer = c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
+    weights = c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
+    stored = sum(path.stat().st_size for path in files)
+    if weights > stored:
+        raise ModelError(f"{folder / 'config.json'}: its sizes imply {weights:.3g} weights, and the "
+                         f"weight files have {stored:.3g} bytes")
 
 
 def fill(wanted: dict[str, Tensor], name: str, tensor: Tensor, path: Path):
@@ -248,13 +307,18 @@ def fill(wanted: dict[str, Tensor], name: str, tensor: Tensor, path: Path):
     if name not in wanted:
         raise ModelError(f"{path}: unexpected tensor {name} (seen twice, or not a plain LLaMA?)")
     place = wanted.pop(name)
-    if tensor.shape != place.shape or not tensor.is_floating_point():
+    is_float = tensor.is_floating_point() and tensor.element_size() > 1    # fp8 needs its scales
+    if tensor.shape != place.shape or not is_float:
         raise ModelError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json "
-                         f"implies floats {tuple(place.shape)}")
+                         f"implies floats of at least 16 bits {tuple(place.shape)}")
     place.copy_(tensor)
 
 
 # ---------------------------------------------------------------------------- text
+
+BROKEN = "\ufffd"             # what a decoder writes for bytes that are not (yet) a character
+TEMPLATE_SECONDS = 5          # a chat template that takes longer never ends
+
 
 class Tokenizer:
     """A folder's tokenizer, chat template and stop tokens."""
@@ -289,26 +353,40 @@ class Tokenizer:
         return ids
 
     def decode(self, ids: list[int]) -> str:
+        """The text of tokens, special ones left out."""
         return self.library.decode(ids, skip_special_tokens=True)
 
     def stream(self, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
-        """The text that each token adds, "" while a character is still in pieces.
+        """The text that each token adds; at the end what is left. Joined: the text of all of them.
 
-        A token's text depends on those before it, so a few of them are decoded with it and taken
-        off again. (tokenizers' DecodeStream raises on some byte sequences.)
+        "" while a character is still in pieces: "日" may be three tokens, and gives "", "", "日".
+        Also while tokens are single bytes of a tokenizer that falls back to bytes: the bytes that
+        follow decide what they are.
+
+        A token's text depends on those before it, so some of them are decoded with it and taken off
+        again. (The library's DecodeStream raises on some byte sequences.)
         """
         ids = list(prompt)
-        shown = len(prompt)                            # of ids, those whose text is out
-        start = max(0, shown - 5)                      # where decoding begins
+        start = 0                            # decoding begins here, ...
+        shown = len(prompt)                  # ... and the text of the tokens before this is out
         for token in tokens:
             ids.append(token)
-            before = self.decode(ids[start:shown])
-            now = self.decode(ids[start:])
-            if len(now) > len(before) and not now.endswith("\ufffd"):    # U+FFFD: half a character
-                start, shown = shown, len(ids)
-                yield now[len(before):]
-            else:
+            piece = self.text_added(ids, start, shown)
+            if piece == "" or piece.endswith(BROKEN) or self.is_byte(token):
                 yield ""
+            else:
+                start, shown = shown, len(ids)
+                yield piece
+        if shown < len(ids):
+            yield self.text_added(ids, start, shown)
+
+    def text_added(self, ids: list[int], start: int, shown: int) -> str:
+        before = self.decode(ids[start:shown]).rstrip(BROKEN)
+        return self.decode(ids[start:])[len(before):]
+
+    def is_byte(self, token: int) -> bool:
+        """Is it a token such as <0xE6>, as LLaMA 1 and 2 have for what no other token writes?"""
+        return re.fullmatch("<0x[0-9A-F]{2}>", self.library.id_to_token(token) or "") is not None
 
     @property
     def has_chat_template(self) -> bool:
@@ -322,11 +400,17 @@ class Tokenizer:
         """The user's and the model's messages in turn, in the model's own chat template."""
         roles = cycle(("user", "assistant"))
         messages = [{"role": role, "content": turn} for role, turn in zip(roles, turns)]
+        values = {
+            "messages": messages,
+            "add_generation_prompt": True,
+            "tools": None,
+            "documents": None,
+            **self.special,
+        }
         try:
             template = self.chat_template()
             if template:
-                return sandbox().from_string(template).render(
-                    messages=messages, add_generation_prompt=True, **self.special)
+                return within_time(lambda: sandbox().from_string(template).render(values))
         except Exception as error:                     # a template is a program, and may fail
             raise ModelError(f"{self.folder}: the chat template failed: {error}") from None
         raise ModelError(f"{self.folder} has no chat template: leave out --chat")
@@ -342,7 +426,16 @@ class Tokenizer:
 
 def sandbox():
     """Where a chat template, which is somebody's program, may run: jinja2's sandbox."""
+    import jinja2.ext
     import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %} ... {% endgeneration %} marks the model's words, for training. Ignored."""
+        tags = {"generation"}
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def refuse(message):
         raise jinja2.TemplateError(message)
@@ -351,10 +444,30 @@ def sandbox():
         return json.dumps(value, **{"ensure_ascii": False} | options)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters["tojson"] = to_json
     environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
     return environment
+
+
+def within_time(work):
+    """What ``work()`` returns or raises; TimeoutError if it takes longer than TEMPLATE_SECONDS."""
+    outcome = {}
+
+    def run():
+        try:
+            outcome["value"] = work()
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = Thread(target=run, daemon=True)           # so that the process may end without it
+    thread.start()
+    thread.join(TEMPLATE_SECONDS)
+    if "error" in outcome:
+        raise outcome["error"]
+    if "value" not in outcome:
+        raise TimeoutError(f"it did not end within {TEMPLATE_SECONDS} s")
+    return outcome["value"]
 
 
 def special_tokens(config: dict) -> dict[str, str]:

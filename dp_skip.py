@@ -3,7 +3,8 @@
 After a verify pass we hold one token's hidden states h_0 (embedding) .. h_L (after the last layer).
 We look for the M layers whose omission moves the final state least: the set S, |S| = M, that
 maximises cos(h_L, state after running only the layers outside S). There are L-choose-M sets. The DP
-keeps one survivor for each number i of layers seen and each number j of those skipped:
+keeps one survivor for each number i of layers seen and each number j of those skipped (layers are
+counted from 1 here, and from 0 in code):
 
     g(i, j) = the closer to h_i, by cosine, of   f_i(g(i-1, j))    run layer i
                                           and    g(i-1, j-1)       skip layer i
@@ -11,15 +12,15 @@ keeps one survivor for each number i of layers seen and each number j of those s
     g(i, i) = h_0      everything was
 
 Keeping one survivor a cell makes it an approximation (§3.5): what is closest to h_i need not become
-closest to h_L. In return L layers and M budgets cost L * M layer calls, and the last column holds a
-set for *every* budget up to M.
+closest to h_L. In return L layers and M budgets cost at most L * M layer calls, and the last row of
+the table holds a set for *every* budget up to M.
 
 Two errata of the paper: Eq. (1) prints arg min where the arg max of the cosine is meant, and the
-pseudocode recovers the path by comparing vectors; here the choices are kept as bits.
+pseudocode recovers the path by comparing vectors; here every cell's choice is kept.
 
 ``select_layers_plain`` is that definition, cell by cell: read it first. ``select_layers`` is what
-decoding uses: each layer runs once, on all cells of one i, packed as rows (§3.6). This file knows
-tensors and a callable, not what a LLaMA is.
+decoding uses: each layer runs once at most, on all cells of one i, packed as rows (§3.6). This file
+knows tensors and a callable, not what a LLaMA is.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,7 +36,7 @@ Layer = Callable[[int, Tensor], Tensor]
 class Selection(NamedTuple):
     """The answer for each budget m = 0 .. M (or from ``smallest`` on)."""
     skip_sets: list[frozenset[int]]     # the layers to skip, counted from 0
-    cosines: list[float]                # of the state they lead to with h_L
+    cosines: list[float]                # cosine of h_L with the state that the set leads to
 
 
 def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
@@ -56,8 +57,8 @@ def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
             else:
                 run = layer(i - 1, g[i - 1, j][None])[0]
                 skip = g[i - 1, j - 1]
-                if_run, if_skip = distances(torch.stack((run, skip)), targets[i]).tolist()
-                skipped[i, j] = not if_run <= if_skip    # a NaN, from overflow, is never run
+                to_run, to_skip = distances(torch.stack((run, skip)), targets[i]).tolist()
+                skipped[i, j] = not to_run <= to_skip    # NaN, from overflow, compares as false
                 g[i, j] = skip if skipped[i, j] else run
     final = torch.stack([g[layers, m] for m in range(budget + 1)])
     sets = [walk_back(lambda i, j: skipped[i, j], layers, m) for m in range(budget + 1)]
@@ -65,7 +66,7 @@ def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
 
 
 def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0) -> Selection:
-    """The same in L calls of ``layer``, each on at most ``budget`` rows (§3.6).
+    """The same in fewer than L calls of ``layer``, each on at most ``budget`` rows (§3.6).
 
     states (L+1, dim): h_0 .. h_L of one token. Row j of g is g(i, j): all start as h_0, and layer
     i updates the cells that have a choice, 0 < j < i, from themselves and their left neighbours:
@@ -76,9 +77,9 @@ def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0) 
         i = 2     h_2   *   h_0  h_0       * = closer to h_2 of  f_2(g(1, 1))  and  g(1, 0)
         i = 3     h_3   *    *   h_0
 
-    smallest: the least budget whose set is wanted; the lists start with it. Cells from which so
-    many layers can no longer be skipped are left out: for one budget M, (L-M) * M rows run in all,
-    where every budget up to M takes M * (M-1) / 2 more.
+    smallest: the least budget whose set is wanted; the lists start with it. A cell (i, j) with
+    j < smallest - (L - i) is left out: too few layers follow it. So for one budget M, (L-M) * M
+    rows run in all, where every budget up to M takes M * (M-1) / 2 more.
 
     Nothing is read back to the host before the end. Raises ValueError unless
     0 <= smallest <= budget <= L.
@@ -94,10 +95,9 @@ def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0) 
         if first < end:
             run = layer(i - 1, g[first:end])                         # (cells, dim)
             skip = g[first - 1:end - 1]
-            # "not <=" rather than ">": a NaN, from overflow, is never run
-            choice = ~(distances(run, targets[i]) <= distances(skip, targets[i]))
-            g[first:end] = torch.where(choice[:, None], skip, run)
-            skipped[i, first:end] = choice
+            run_is_closer = distances(run, targets[i]) <= distances(skip, targets[i])
+            skipped[i, first:end] = ~run_is_closer       # NaN, from overflow, compares as false
+            g[first:end] = torch.where(run_is_closer[:, None], run, skip)
         g[0] = states[i]
     table = skipped.tolist()
     budgets = range(smallest, budget + 1)
@@ -127,7 +127,7 @@ def distances(rows: Tensor, target: Tensor) -> Tensor:
 
     A smaller distance is a larger cosine: cos = 1 - |u - v|^2 / 2. Not the cosine itself, since a
     few huge entries can bring every cosine within 1e-7 of 1 (a text's first token is like that),
-    where float32 has no digits left for it.
+    where float32 has no digits left.
     """
     return torch.linalg.vector_norm(unit(rows) - target, dim=-1)
 

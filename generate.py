@@ -1,10 +1,13 @@
 """The command line: a prompt in, text out, decoded by CLaSp, with statistics and a comparison.
 
-    python generate.py --prompt "Once upon a time" --compare
+    python generate.py --prompt "Once upon a time" --temperature 0 --compare
 
 Text goes to standard output; the prompt's echo, statistics and progress go to standard error. What
-a user can get wrong ends in one line there and exit status 2. This file knows arguments and
-printing.
+a user can get wrong ends in one line there and exit status 2.
+
+This file knows arguments (``arguments``), what follows from them (``Decoder``: which drafter, how
+wide a pass) and printing. The drafter is speculative.Clasp if the settings are typed or the model
+suggests some, as the bundled one does; else extras.auto.Auto, which chooses them itself.
 """
 import argparse
 import itertools
@@ -51,7 +54,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def layers_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -98,8 +104,9 @@ def add_clasp_arguments(parser: Parser):
     add("--opt-interval", type=int, metavar="N",
         help=f"cycles between choices of the layers; {by_model} {OPT_INTERVAL}")
     add("--exact", action=argparse.BooleanOptionalAction, default=None,
-        help="all passes in one shape: greedy text is plain decoding's to the last bit; --no-exact "
-             "saves the padding; default: yes, but with auto in 16 bits only")
+        help="all passes in one shape: greedy text is that of plain decoding in such passes, to "
+             "the last bit; --no-exact saves the padding; default: yes, but with auto only in 16 "
+             "bits, where texts part soon otherwise")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="default: float32 on the CPU, bfloat16 elsewhere")
@@ -165,7 +172,7 @@ def prepare_model(args: argparse.Namespace, folder: Path, device, dtype) -> Llam
 
 @dataclass
 class Decoder:
-    """Decodes as the command line says, and where that is silent, as the model's folder does."""
+    """Decodes as the command line says; where that is silent, as the model's folder suggests."""
     args: argparse.Namespace
     folder: Path
     model: Llama
@@ -188,7 +195,7 @@ class Decoder:
 
     @property
     def is_auto(self) -> bool:
-        """Asked for, or since nothing says how many layers to skip, or when."""
+        """Is the drafter Auto? If asked for, or if no setting but the draft length is given."""
         by_hand = self.settings.keys() - {"draft_length"}
         if not by_hand:
             return len(self.model.layers) > 1
@@ -204,7 +211,7 @@ class Decoder:
         require(self.args.draft_exit_threshold is None and self.args.opt_interval is None,
                 "--skip-layers auto chooses the exit threshold and the interval too: leave them "
                 "out")
-        # When sampling, times that the clock does not change: then a seed gives a text again.
+        # When sampling, costs by the model's shape, not by the clock: a seed then fixes the text.
         costs = SHAPE if self.args.temperature > 0 else None
         return Auto(self.model, self.draft_length, costs)
 
@@ -224,14 +231,14 @@ class Decoder:
         if self.args.method == "autoregressive":
             return self.plain(prompt, stats)
         return decode(self.model, prompt, self.args.max_new_tokens, self.drafter,
-                      width=self.width, stats=stats, **self.common)
+                      width=self.width, stats=stats, **self.sampling)
 
     def plain(self, prompt: list[int], stats: Stats, width=None, cache=None) -> Iterator[int]:
         return autoregressive(self.model, prompt, self.args.max_new_tokens,
-                              width=width, stats=stats, cache=cache, **self.common)
+                              width=width, stats=stats, cache=cache, **self.sampling)
 
     @property
-    def common(self) -> dict:
+    def sampling(self) -> dict:
         args = self.args
         return {
             "temperature": args.temperature,
@@ -245,9 +252,9 @@ class Decoder:
         tokens = self.args.max_new_tokens
         if not self.args.cuda_graphs:                  # else all graphs are to be recorded
             tokens = min(WARM_UP, tokens)
-        settings = self.common | {"width": self.width}
+        settings = self.sampling | {"width": self.width}
         list(decode(self.model, prompt, tokens, self.new_drafter(), **settings))
-        list(autoregressive(self.model, prompt, tokens, **self.common))
+        list(autoregressive(self.model, prompt, tokens, **self.sampling))
 
 
 # ---------------------------------------------------------------------------- printing
@@ -266,15 +273,15 @@ def show(pieces: Iterator[str], stats: Stats, colour: bool):
 
 
 def write_text(args, prompt_text: str, pieces: Iterator[str], stats: Stats) -> tuple[str, bool]:
-    """Print the text, or with --json gather it. Returns that, and whether Ctrl-C ended it."""
+    """Print the text; with --json gather and return it instead. And: did Ctrl-C end it?"""
     gathered = []
     try:
         if args.json:
             for piece in pieces:
                 gathered.append(piece)
         else:
-            first = next(pieces, "")                   # what is refused, is refused before output
-            if sys.stderr.isatty() and not args.chat:  # so that a terminal shows the text whole
+            first = next(pieces, "")                   # refusals come here, before any output
+            if sys.stderr.isatty() and not args.chat:  # so that a terminal shows prompt and text
                 say(f"{DIM}{prompt_text}{PLAIN}", end="")
             show(itertools.chain((first,), pieces), stats, args.show_drafts)
     except KeyboardInterrupt:                          # the text so far stays
@@ -303,8 +310,8 @@ def report_clasp(stats: Stats, layers: int):
     if stats.drafted:
         skipped = len(stats.skip_sets[-1][1])
         drafts = (f"{stats.accepted} of {stats.drafted} drafted tokens accepted "
-                  f"({stats.acceptance_rate:.0%}), with {skipped} of {layers} layers skipped")
-        drafts = drafts.replace("%", " %")
+                  f"({100 * stats.acceptance_rate:.0f} %), with {skipped} of {layers} layers "
+                  "skipped")
     say(f"  {stats.tau:.2f} tokens per pass of the whole model (tau); {drafts}")
     parts = [
         ("draft", stats.draft_seconds),
@@ -351,7 +358,7 @@ def compare(decoder: Decoder, prompt: list[int], stats: Stats) -> dict:
     speedup = stats.tokens_per_second / plain.tokens_per_second
     identical = stats.tokens == plain.tokens
     verdict = "yes"
-    difference = {}
+    explanation = {}
     if not identical and decoder.args.temperature > 0:
         verdict = ("no (samples share their distribution, not their tokens; --temperature 0 "
                    "compares tokens)")
@@ -362,7 +369,7 @@ def compare(decoder: Decoder, prompt: list[int], stats: Stats) -> dict:
                    f"tokens' logits lay {difference['logit_gap']:.2g} apart; identical to plain "
                    "decoding in passes of the same width: "
                    f"{'yes, so rounding chose' if same else 'no'}")
-        difference = {"difference": difference}
+        explanation = {"difference": difference}
     say(f"autoregressive: {plain.new_tokens} tokens in {plain.seconds:.2f} s, "
         f"{plain.tokens_per_second:.1f} tokens/s")
     say(f"speedup {speedup:.2f}x; identical: {verdict}")
@@ -371,7 +378,7 @@ def compare(decoder: Decoder, prompt: list[int], stats: Stats) -> dict:
         "autoregressive": {name: getattr(plain, name) for name in names},
         "speedup": speedup,
         "identical": identical,
-        **difference,
+        **explanation,
     }
 
 
@@ -422,7 +429,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 for a user's mistake, said in one line; 130 after Ctrl-C."""
+    """Returns the exit status.
+
+    0; 2 for a user's mistake, said in one line; 130 after Ctrl-C; 141 if nobody reads the output.
+    """
     try:
         return run(arguments(argv))
     except (ModelError, SettingsError) as error:

@@ -32,7 +32,7 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a LLaMA ``config.json`` that change what the model computes."""
+    """The fields of a LLaMA ``config.json`` that this project needs, by their names there."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -52,9 +52,10 @@ def inverse_frequencies(config: Config) -> Tensor:
 
         theta_i = rope_theta ^ (-2 i / head_dim)
 
-    With ``rope_scaling``, LLaMA 3.1's rule for longer contexts: pairs that turn less than
-    ``low_freq_factor`` times in the old context are slowed down by ``factor``, those that turn more
-    than ``high_freq_factor`` times stay, and those between are blended.
+    With ``rope_scaling``, LLaMA 3.1's rule for contexts longer than the one that the model was
+    first trained on, ``original_max_position_embeddings``: pairs that turn less than
+    ``low_freq_factor`` times in that are slowed down by ``factor``, those that turn more than
+    ``high_freq_factor`` times stay, and those between are blended.
     """
     even = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)
@@ -75,7 +76,7 @@ def rope_table(
 
     The first half of ``sin`` is negated here, so that ``rotate`` is two products and a roll.
     """
-    positions = torch.arange(length, dtype=torch.float32)
+    positions = torch.arange(length, dtype=torch.float32, device="cpu")
     angles = torch.outer(positions, inverse_frequencies(config))       # (length, head_dim / 2)
     cos = torch.cat((angles.cos(), angles.cos()), dim=-1)
     sin = torch.cat((-angles.sin(), angles.sin()), dim=-1)
@@ -100,8 +101,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q (batch, heads, rows, head_dim); k, v (batch, kv_heads, slots, head_dim); returns q's shape.
     Query head h reads key-value head h // (heads / kv_heads).
 
-    mask (rows, slots): 0 where a row may look, -inf elsewhere. None: a single row sees everything;
-    of several, which then start at slot 0, each sees those up to itself.
+    mask (rows, slots): 0 where a row may look, -inf elsewhere. None: one row sees all slots;
+    several rows, which must start at slot 0, are causal: row r sees slots 0 .. r.
     """
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(
@@ -148,7 +149,7 @@ class DecoderLayer(nn.Module):
 
         cos, sin (rows, head_dim): RoPE at each row's position. mask (rows, slots): see
         ``attention``. ``store(k, v)`` puts the rows' keys and values into the cache and returns
-        those of all slots; without it the rows are all there is.
+        the cache's, of all slots; without it the rows see only each other.
         """
         x = self.attention_block(x, cos, sin, mask, store)
         return self.mlp_block(x)
@@ -156,15 +157,16 @@ class DecoderLayer(nn.Module):
     def attention_block(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None = None, store=None
     ) -> Tensor:
-        """x + o(attention of the normed x). Queries and keys are rotated; keys are cached so."""
+        """x + o(attention of the normed x). Keys are cached after their rotation."""
         qkv = self.qkv(self.attention_norm(x))               # (batch, rows, all heads * head_dim)
         qkv = qkv.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk, v = qkv.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        # each (batch, its heads, rows, head_dim)
         q, k = rotate(qk, cos, sin).split((self.heads, self.kv_heads), dim=1)
         if store is not None:
             k, v = store(k, v)                               # (batch, kv_heads, slots, head_dim)
-        seen = self.attend(q, k, v, mask)                    # (batch, heads, rows, head_dim)
-        return x + self.o(seen.transpose(1, 2).flatten(2))
+        heads = self.attend(q, k, v, mask)                   # (batch, heads, rows, head_dim)
+        return x + self.o(heads.transpose(1, 2).flatten(2))
 
     def mlp_block(self, x: Tensor) -> Tensor:
         """x + down(silu(gate) * up), gate and up made of the normed x."""
@@ -175,12 +177,12 @@ class DecoderLayer(nn.Module):
 class KVCache:
     """Keys and values of every layer, allocated once for a whole text, and RoPE of all positions.
 
-    ``length`` tokens are valid; what lies behind them is scratch. Rolling back is
+    The first ``length`` slots are valid; those after them are scratch. Rolling back is
     ``cache.length = n``.
 
-    There are slots for ``tokens``, in whole blocks, and for scratch rows behind them: as many as a
-    pass has ``rows``, and at least one for each layer, which is the most the DP needs.
-    A slot takes 2 * layers * kv_heads * head_dim numbers.
+    There are slots for ``tokens``, in whole blocks, and after them scratch slots for the padding of
+    a pass of ``rows``, or for the DP, which needs one for each layer at most. A slot takes
+    2 * layers * kv_heads * head_dim numbers.
     """
 
     def __init__(self, model: "Llama", tokens: int, rows: int = 1):
@@ -197,15 +199,26 @@ class KVCache:
         self.length = 0
 
     def put(self, layer: int, slot: int, end: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (1, kv_heads, rows, head_dim) at slot .. slot+rows; return slots 0 .. end."""
+        """Write k, v (1, kv_heads, rows, head_dim) from ``slot`` on; return slots 0 .. end-1."""
         rows = k.shape[2]
-        self.keys[layer][:, :, slot:slot + rows] = k
-        self.values[layer][:, :, slot:slot + rows] = v
+        self.keys[layer][:, :, slot:slot + rows] = storable(k)
+        self.values[layer][:, :, slot:slot + rows] = storable(v)
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
+def storable(x: Tensor) -> Tensor:
+    """Keys or values as they go into the cache: in float16 without what overflowed.
+
+    A draft's wrong token may overflow where the text itself does not. Rows before it do not look
+    there, but a masked NaN would spoil them all the same: -inf + NaN and 0 * NaN are NaN.
+    """
+    if x.dtype != torch.float16:
+        return x
+    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def whole_blocks(slots: int) -> int:
-    """The least multiple of BLOCK that holds so many slots."""
+    """The least multiple of BLOCK that is at least ``slots``."""
     return -(-slots // BLOCK) * BLOCK
 
 
@@ -216,7 +229,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         weight = torch.empty(config.vocab_size, config.hidden_size)
-        if not weight.is_meta:           # on the meta device a random start would import for 1.5 s
+        if not weight.is_meta:           # else this would import torch._dynamo, for 1.5 s
             nn.init.normal_(weight)
         self.embed = nn.Embedding.from_pretrained(weight, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -242,8 +255,8 @@ class Llama(nn.Module):
         the state stays as it was, and so do their slots.
 
         With a cache (batch 1) the rows continue it: they take the slots and positions from
-        cache.length on, and move it forward. Attention reads the first ``slots`` slots, those past
-        a row masked; by default just the filled ones.
+        cache.length on, and move it forward. Attention reads the cache's first ``slots`` slots, and
+        those after a row are masked; by default it reads just the filled ones.
         """
         x = self.embed(tokens)                                            # (batch, rows, hidden)
         rows = tokens.shape[1]
@@ -255,7 +268,8 @@ class Llama(nn.Module):
             start = cache.length
             end = slots or start + rows
             cos, sin = cache.cos[start:start + rows], cache.sin[start:start + rows]
-            if slots or not (rows == 1 or start == 0):                    # see ``attention``
+            needs_no_mask = rows == 1 or start == 0                       # see ``attention``
+            if slots or not needs_no_mask:
                 mask = causal_mask(start, rows, end, x)
             cache.length = start + rows
         states = [x]
@@ -274,12 +288,13 @@ class Llama(nn.Module):
         return self.head(state)
 
     def candidate_layer(self, cache: KVCache, rows: int) -> Callable[[int, Tensor], Tensor]:
-        """layer(i, candidates): decoder layer i on candidate states of the last cached token.
+        """A function layer(i, candidates): decoder layer i on candidate states of one token.
 
         This is what the DP (dp_skip.py) runs, §3.6: candidates (m, hidden) -> the same shape, for
-        any m <= rows. All stand at that token's position p = cache.length - 1. Each sees the true
-        keys and values before p, not those at p, which belong to the true state, and its own: it
-        has a slot to itself behind the valid ones, which nobody else looks at.
+        any m <= rows. The token is the last in the cache, and all its candidates stand at its
+        position p = cache.length - 1. Each sees the true keys and values before p. It does not see
+        those at p, which belong to the true state. It sees its own: each has a scratch slot after
+        the valid ones, which no other candidate sees.
 
                        slots  0 .. p-1   p   p+1 p+2 p+3
             candidate 0       █ █ █ █    ░    █   ░   ░

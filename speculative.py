@@ -4,7 +4,8 @@ One cycle, seen from a *pending* token t. It is part of the text, but not yet in
 position is n = cache.length.
 
     draft      the drafter proposes d1 .. dk after t. CLaSp: by the layers that it does not skip
-    verify     feed t, d1 .. dk as rows n .. n+k through every layer, over whatever the draft cached
+    verify     feed t, d1 .. dk at positions n .. n+k through every layer; this overwrites what the
+               draft has cached there
     accept     the longest prefix that the whole model agrees with, then one token of its own
     roll back  cache.length = n + accepted + 1: an integer, nothing is copied
     observe    the drafter sees what came of it. CLaSp: every few cycles the DP chooses layers anew
@@ -14,10 +15,13 @@ position is n = cache.length.
         verify                            ✓    ✓    ✗ → a   accepted 2, and the model's own "a"
         cache      ████████████████████████████████ three   rolled back to "had"; "a" is pending
 
-Being lossless is the loop's business, being fast the drafter's: ``decode`` knows no drafter, and
-nothing that a drafter proposes can change the output, only the speed. Read ``decode`` first, then
-what it calls, then the drafters: ``Drafter`` (the interface), ``FixedSet``, ``Clasp``. Others are
-in extras/. ``autoregressive`` is the plain decoding that all must agree with and are timed against.
+Being lossless is the loop's business, being fast the drafter's: ``decode`` does not know which
+drafter it has. Whatever that proposes, greedy text stays the whole model's, token for token but for
+rounding (see ``Text.width``), and sampled text keeps its distribution.
+
+How to read: skim what is shared, then ``decode`` and what it calls, then the drafters ``FixedSet``
+and ``Clasp``, then acceptance. Other drafters are in extras/. ``autoregressive`` is the plain
+decoding that all must agree with, and are timed against.
 """
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -33,8 +37,10 @@ from dp_skip import Selection, select_layers
 from model import BLOCK, KVCache, Llama, ModelError, whole_blocks
 
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly
-DRAFT_LENGTH = 4              # defaults by measurement, see results/
-EXIT_THRESHOLD = 0.0
+
+# The defaults of CLaSp's settings, by measurement (see results/).
+DRAFT_LENGTH = 4
+EXIT_THRESHOLD = 0.0          # drafts never end early
 OPT_INTERVAL = 32
 
 
@@ -46,15 +52,15 @@ class Stats:
     prefill_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0        # passes of the whole model; all that plain decoding does
-    optimize_seconds: float = 0.0      # what the drafter learns and chooses: the DP
-    cycles: int = 0                    # passes of the whole model
+    optimize_seconds: float = 0.0      # of the drafter's ``begin`` and ``observe``: the DP
+    cycles: int = 0                    # passes of the whole model after the prefill
     drafted: int = 0
     accepted: int = 0
     optimizations: int = 0             # runs of the DP
     tokens: list[int] = field(default_factory=list)                 # the new ones
     from_draft: list[bool] = field(default_factory=list)            # did the draft write it?
     skip_sets: list[tuple[int, frozenset[int]]] = field(default_factory=list)
-    # each set that was chosen, and how many new tokens there were before it
+    # (how many new tokens there were, the set of layers that was chosen then)
 
     @property
     def seconds(self) -> float:
@@ -83,19 +89,24 @@ class Stats:
 class Text:
     """A text while it is written: its tokens, and all that they are decoded with.
 
-    A drafter may read everything here, and compute in the cache behind ``cache.length``.
+    A drafter may read everything here, and compute in the cache from ``cache.length`` on.
+
+    width: rows of every pass of the whole model after the prefill; None: as many as it has tokens.
+    Matrix kernels round differently for 1 row and for 5. So a pass that checks four tokens does not
+    compute quite what four plain steps compute, and where two tokens all but tie, greedy text may
+    part. If every pass has one shape, it cannot (``full_pass``; extras/exact.py finds the width).
     """
     model: Llama
     cache: KVCache                     # holds ``tokens`` but for the last, the pending one
     tokens: list[int]                  # prompt and new ones
-    end: int                           # how many they will be at most
-    width: int | None                  # rows of every pass of the whole model; None: as needed
+    end: int                           # how many tokens there may be
+    width: int | None
     temperature: float
     top_p: float
     rng: torch.Generator
     stop: Collection[int]
     stats: Stats
-    laps: dict[str, float] = field(default_factory=dict)            # see ``timed``
+    laps: dict[str, float] = field(default_factory=dict)   # the last seconds of each ``timed`` name
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """A token by these logits, and the distribution it was drawn from; see ``pick``."""
@@ -106,11 +117,14 @@ class Text:
         return len(self.tokens) == self.end or self.tokens[-1] in self.stop
 
     def roll_back(self):
-        """Forget what the cache holds beyond the text: all its tokens count but the pending one."""
+        """Back to the cache's invariant: it holds all tokens but the pending one."""
         self.cache.length = len(self.tokens) - 1
 
     def add(self, token: int, from_draft: bool = False):
-        """Write the next token, which is pending from now on."""
+        """Write the next token, which is pending from now on; the cache is rolled back to it.
+
+        After a cycle's last token that is cache.length = n + accepted + 1.
+        """
         self.tokens.append(token)
         self.roll_back()
         self.stats.tokens.append(token)
@@ -118,9 +132,9 @@ class Text:
 
     @contextmanager
     def timed(self, name: str):
-        """Add the seconds of a ``with`` block to a field of ``stats``, and note them in ``laps``.
+        """Add the seconds of a ``with`` block to ``stats.<name>_seconds``; note them in ``laps``.
 
-        A GPU is waited for: these are seconds of work that is done.
+        A GPU is waited for. ``laps`` is for drafters that weigh what a cycle cost, as Auto does.
         """
         now = clock(self.model)
         start = now()
@@ -141,27 +155,31 @@ class Outcome(NamedTuple):
     draft: Draft
     accepted: int             # tokens of the draft
     hidden: Tensor            # (L+1, hidden size): h_0 .. h_L of the last token in the cache
-    seconds: dict[str, float]           # of "draft" and "verify", and of the "optimize" before them
+    seconds: dict[str, float]           # of this "draft" and "verify", and the "optimize" before
 
 
-NOTHING = Draft([], [])
+NO_DRAFT = Draft([], [])
 
 
 class Drafter:
     """Proposes tokens for the whole model to check. This one never does.
 
-    Nothing that a drafter proposes can change the output, only the speed, as long as the
-    distributions it returns are those that its tokens were drawn from. Whether to draft, how, and
-    whether to draw *another* token may depend on all that is known on the draft's side. But a token
-    once drawn is proposed: dropping it for being unlikely would bias what is left.
+    Nothing that a drafter proposes can change the output's distribution, or greedy tokens, only the
+    speed. When sampling, two things are asked of it: the distributions that it returns are those
+    that its tokens were drawn from; and a token once drawn is proposed, since dropping it for being
+    unlikely would bias what is left. Whether to draft, how, and whether to draw *another* token may
+    depend on all that is known on the draft's side.
     """
 
     def begin(self, text: Text, hidden: Tensor | None):
-        """A text starts. hidden (L+1, hidden size): of the last token in the cache; None: empty."""
+        """A text starts. hidden (L+1, hidden size): the states of the last token in the cache.
+
+        None if they are not known: the prompt has one token, or a cache that was given holds it.
+        """
 
     def propose(self, text: Text, most: int) -> Draft:
         """At most ``most`` tokens to come after the pending one, ``text.tokens[-1]``."""
-        return NOTHING
+        return NO_DRAFT
 
     def observe(self, text: Text, outcome: Outcome):
         """What the whole model made of the draft, after its tokens were written."""
@@ -180,7 +198,7 @@ def clasp(
     opt_interval: int = OPT_INTERVAL,
     **settings,
 ) -> Iterator[int]:
-    """CLaSp decoding: ``decode`` with the drafter ``Clasp``; see there for what can be set."""
+    """CLaSp decoding: ``decode`` with the drafter ``Clasp``. settings: see ``new_text``."""
     drafter = Clasp(model, skip_layers, draft_length, exit_threshold, opt_interval)
     return decode(model, prompt, max_new_tokens, drafter, **settings)
 
@@ -189,24 +207,27 @@ def clasp(
 def decode(
     model: Llama, prompt: list[int], max_new_tokens: int, drafter: Drafter, **settings
 ) -> Iterator[int]:
-    """Yield up to max_new_tokens tokens, distributed exactly as the whole model's own.
+    """Yield up to max_new_tokens tokens of the whole model's own distribution.
 
     prompt: at least one token id. settings: see ``new_text``. Ends after a token in ``stop``. At
-    every yield the cache holds all tokens so far but the last, so a caller may stop and go on.
+    every yield the cache holds all tokens so far but the last. So a caller may stop anywhere, and
+    go on later by giving that cache, and the text so far as the prompt.
 
-    Raises SettingsError for settings outside their range, and if prompt and new tokens do not fit
-    the context or the cache; ModelError if the model computes something that is no number.
+    Raises, when the first token is asked for, SettingsError for settings outside their range and if
+    prompt and new tokens do not fit the context or the cache; and ModelError if the model computes
+    NaN or infinity.
     """
     text, hidden = new_text(model, prompt, max_new_tokens, **settings)
     with text.timed("optimize"):
         drafter.begin(text, hidden)
     while True:
         with text.timed("draft"):
-            draft = propose(drafter, text)
+            draft = checked_draft(drafter, text)
         with text.timed("verify"):
             pending = text.tokens[-1]
             states, logits = full_pass(model, text.cache, [pending, *draft.tokens], text.width)
             accepted, own = accept(text, draft, logits)
+            require_finite(logits[:accepted + 1])
             hidden = torch.stack([state[0, accepted] for state in states])
         text.stats.cycles += 1
         text.stats.drafted += len(draft.tokens)
@@ -217,7 +238,7 @@ def decode(
             if text.is_finished:
                 return
         with text.timed("optimize"):
-            drafter.observe(text, Outcome(draft, accepted, hidden, text.laps))
+            drafter.observe(text, Outcome(draft, accepted, hidden, dict(text.laps)))
 
 
 @torch.inference_mode()
@@ -227,12 +248,13 @@ def autoregressive(
     """Plain decoding, one token per pass of the whole model. settings: see ``new_text``.
 
     Fastest with one row a pass, the default. In passes of the ``width`` that ``decode`` is given it
-    writes the very same greedy text, bit for bit.
+    writes the very same greedy text, and computes the same logits bit for bit.
     """
     text, _ = new_text(model, prompt, max_new_tokens, **settings)
     while True:
         with text.timed("verify"):
             _, logits = full_pass(model, text.cache, text.tokens[-1:], text.width)
+            require_finite(logits)
             token = int(text.choose(logits[0])[0])
         text.stats.cycles += 1
         text.add(token)
@@ -256,10 +278,7 @@ def new_text(
 ) -> tuple[Text, Tensor | None]:
     """A text with its prompt in the cache, all but the pending token; and the last states there.
 
-    width: rows of every pass of the whole model, those left over being padding. With a width that
-        extras/exact.py finds, greedy text is that of plain decoding in such passes to the last bit.
-        None: as many rows as tokens, which is faster; greedy text may then part where two tokens
-        tie but for rounding.
+    width: rows of every pass of the whole model, see ``Text``. None is faster.
     temperature: 0 is greedy. top_p: sample from the most likely tokens that reach it together.
     stop: token ids that end a text. stats: new ones, to be filled.
     cache: may hold the prompt's first cache.length tokens already.
@@ -284,16 +303,20 @@ def prefill(model: Llama, cache: KVCache, tokens: list[int]) -> Tensor | None:
     return torch.stack([state[0, -1] for state in states]) if states else None
 
 
-def propose(drafter: Drafter, text: Text) -> Draft:
-    """A draft of no more tokens than there is room for; what it left in the cache is scratch."""
+def checked_draft(drafter: Drafter, text: Text) -> Draft:
+    """The drafter's proposal, of no more tokens than there is room for.
+
+    Raises ValueError for more, which is a mistake in the drafter.
+    """
     most = text.end - len(text.tokens) - 1           # the verifier adds a token of its own
     if text.width is not None:
-        block_end = BLOCK - 1 - text.cache.length % BLOCK
-        most = min(most, text.width - 1, block_end)  # the rows of an exact pass lie in one block
+        left_in_block = BLOCK - 1 - text.cache.length % BLOCK
+        most = min(most, text.width - 1, left_in_block)      # see ``full_pass``
     draft = drafter.propose(text, most)
-    require(len(draft.tokens) <= most, f"a {type(drafter).__name__} proposed {len(draft.tokens)} "
-                                       f"tokens where there is room for {most}")
-    text.roll_back()
+    if len(draft.tokens) > most:
+        raise ValueError(f"a {type(drafter).__name__} proposed {len(draft.tokens)} tokens where "
+                         f"there is room for {most}")
+    text.roll_back()                                 # over what the draft left in the cache
     return draft
 
 
@@ -302,12 +325,11 @@ def full_pass(
 ) -> tuple[list[Tensor], Tensor]:
     """The whole model on tokens: h_0 .. h_L (1, rows, hidden) each, logits (tokens, vocabulary).
 
-    With a ``width`` every pass has that many rows, over whole blocks of the cache up to the first
-    token's own, so that no shape depends on how many tokens there are: a row's bits then depend on
-    its token and the keys and values before it alone (see extras/exact.py). Rows left over are
-    padding. Without a width: as many rows as tokens, over the filled slots.
+    Without a ``width``: as many rows as tokens, over the filled slots of the cache.
 
-    Raises ModelError for logits that are NaN or infinite.
+    With one, every pass has that many rows; those left over are padding. It looks over whole blocks
+    of the cache, up to the end of the one in which the tokens lie. So no shape depends on how many
+    tokens there are, and a row's bits depend only on its token and on the keys and values before.
     """
     n = cache.length
     padding = []
@@ -318,7 +340,6 @@ def full_pass(
     states = model(as_row(model, tokens + padding), cache, slots=slots)
     logits = model.logits(states[-1])[0, :len(tokens)]
     cache.length = n + len(tokens)
-    require_finite(logits)
     return states, logits
 
 
@@ -328,14 +349,11 @@ def as_row(model: Llama, tokens: list[int]) -> Tensor:
 
 # ---------------------------------------------------------------------------- CLaSp's drafter
 
-class FixedSet(Drafter):
-    """Drafts with a set of layers left out, here always the same."""
+class SkippingDrafter(Drafter):
+    """Drafts with the model itself, but for the layers in ``skip``. Subclasses choose these."""
 
     def __init__(
-        self,
-        skip: Collection[int] | None,
-        draft_length: int = DRAFT_LENGTH,
-        exit_threshold: float = EXIT_THRESHOLD,
+        self, draft_length: int = DRAFT_LENGTH, exit_threshold: float = EXIT_THRESHOLD
     ):
         """draft_length K: most tokens drafted per cycle.
 
@@ -344,13 +362,13 @@ class FixedSet(Drafter):
         """
         require_draft_length(draft_length)
         require(0 <= exit_threshold <= 1, "the exit threshold must lie between 0 and 1")
-        self.skip = skip
+        self.skip: Collection[int] | None = None         # no layers are chosen yet: no drafts
         self.draft_length = draft_length
         self.exit_threshold = exit_threshold
 
     def propose(self, text: Text, most: int) -> Draft:
-        if self.skip is None:            # no layers are chosen yet: the prompt was a single token
-            return NOTHING
+        if self.skip is None:
+            return NO_DRAFT
         go_on = self.is_sure if self.exit_threshold > 0 else None
         most = min(most, self.draft_length)
         return draft_by_skipping(text, self.skip, most, go_on)
@@ -359,11 +377,25 @@ class FixedSet(Drafter):
         return confidence >= self.exit_threshold
 
 
-class Clasp(FixedSet):
-    """Drafts with those layers left out that the DP found to matter least at a recent token (§3.4).
+class FixedSet(SkippingDrafter):
+    """Always leaves out the same layers."""
 
-    The DP runs after the prompt, and then every ``opt_interval`` cycles (§3.7), on the states of
-    the last token that was accepted.
+    def __init__(
+        self,
+        skip: Collection[int],
+        draft_length: int = DRAFT_LENGTH,
+        exit_threshold: float = EXIT_THRESHOLD,
+    ):
+        super().__init__(draft_length, exit_threshold)
+        self.skip = skip
+
+
+class Clasp(SkippingDrafter):
+    """Leaves out those layers that the DP found to matter least at a recent token (§3.4).
+
+    The DP runs after the prefill, and then every ``opt_interval`` cycles (§3.7), on the states of
+    the last token in the cache: that is the last of the draft that was accepted, or, if none was,
+    the token before the draft.
     """
 
     def __init__(
@@ -381,7 +413,7 @@ class Clasp(FixedSet):
         require(0 <= self.budget < layers,
                 f"the skipped layers must be fewer than the model's {layers}, and at least 0")
         require(opt_interval >= 1, "the optimisation interval must be at least 1")
-        super().__init__(None, draft_length, exit_threshold)
+        super().__init__(draft_length, exit_threshold)
 
     def begin(self, text: Text, hidden: Tensor | None):
         self.skip = None
@@ -406,7 +438,7 @@ def optimize(
 
     hidden (L+1, hidden size): its states. ``select``: either reading of Algorithm 1 in dp_skip.py.
 
-    The cache's valid part is only read. The ``budget`` slots behind it are used, and left clean: a
+    The cache's valid part is only read. The ``budget`` slots after it are used, and left clean: a
     NaN there, from a candidate that overflowed, would spoil the next pass although it is masked,
     since 0 * NaN is NaN.
     """
@@ -423,8 +455,8 @@ def draft_by_skipping(
 ) -> Draft:
     """Up to ``most`` tokens by the model without the layers in ``skip``, one row a pass.
 
-    It ends after a stop token, and after one at which ``go_on(confidence)`` is false. The confidence
-    is the draft model's top probability there (NaN if the layers that are left overflow).
+    It ends after a stop token, and after one at which ``go_on(confidence)`` is false. The
+    confidence is the draft model's top probability there (NaN if the layers run overflow).
     """
     model = text.model
     token = text.tokens[-1]
@@ -476,8 +508,8 @@ def accept_sampled(
 
         max(p - q, 0), normalised
 
-    which is just what p has and accepting has not yet given. After a draft accepted whole, one more
-    token is drawn from p.
+    Accepting gives each token min(p, q), and this the rest: min(p, q) + max(p - q, 0) = p. After a
+    draft accepted whole, one more token is drawn from p.
     """
     accepted = 0
     if drafted:
@@ -503,7 +535,7 @@ def pick(
     """
     if temperature == 0:
         return logits.argmax(), None
-    q = distribution(logits.nan_to_num(), temperature, top_p)    # fewer layers may overflow
+    q = distribution(logits, temperature, top_p)
     return torch.multinomial(q, 1, generator=rng)[0], q
 
 
@@ -513,7 +545,7 @@ def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
     Top-p (nucleus): the fewest most likely tokens whose probabilities reach top_p together,
     renormalised.
     """
-    logits = logits.float()
+    logits = logits.float().nan_to_num()         # a draft may overflow; a text's own row may not
     logits = logits - logits.amax(-1, keepdim=True)              # so that no division overflows
     p = (logits / temperature).softmax(-1)
     if top_p < 1:
@@ -588,6 +620,7 @@ def require_room(cache: KVCache, prompt: list[int], end: int, width: int):
 
 
 def require_finite(logits: Tensor):
+    """Refuse logits of the text's own rows that are NaN or infinite."""
     if logits.max().isfinite():                                  # NaN counts as the maximum
         return
     advice = ""

@@ -3,10 +3,13 @@
     python assignments/export.py OUT
     python assignments/export.py OUT --problems 3,4      a shorter assignment, the rest solved
 
-What is taken out is the list in grade.py, cut from the core's own source: signature and docstring stay. Helpers that
-nothing calls any more and the handout does not name were a part of the solution and go too. What goes along is found as
-well: generate.py and what it imports, the tests that need nothing else, the bundled checkpoint, the grader and the
-handout. Nothing else of the project does, so neither bench.py nor tools/ nor history gives a solution away.
+What is taken out is the list in grade.py, cut from the core's own source: signature and docstring
+stay. Helpers that nothing calls any more and the handout does not name were a part of the solution
+and go too. What goes along is found as well: generate.py and what it imports, the tests that need
+nothing else, the bundled checkpoint, the grader and the handout. Nothing else of the project does,
+so neither bench/ nor tools/ nor history gives a solution away.
+
+Read ``export`` first.
 """
 import argparse
 import ast
@@ -14,6 +17,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,215 +25,306 @@ from grade import PROBLEMS, numbers
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+TESTS = ROOT / "tests"
 
-# Problem 4 solved would give problem 3 away, being the same programme (not the reverse: it is meant to be derived from it).
-# So while 3 is to be written and 4 is not assigned, the plain form stands in, and tests that want the fast one go.
-TESTS = "test_dp_skip.py"
-FAST_TESTS = ["test_fast_calls_each_layer_once_on_at_most_budget_rows"]
+# Would give attention and problem 4 away; only one of generate.py's options wants it.
+KEPT_BACK = {"extras.cuda_graphs"}
 
-# What the core does past the paper the handout does not ask for: its functions may be written without it, and then its tests do not
-# go along. They are found by these names in the bodies taken out. (Those on costs would also give the programme away.)
-PAST_THE_PAPER = {"auto", "costs", "parts"}
-PAST_TESTS = "test_auto.py"
-COST_TESTS = ["survivors_by_sum", "test_costs_that_differ", "test_costs_must_be_one_a_layer_and_at_least_1"]
-PACKED_TESTS = "test_packed.py"
+# Files that show how an assigned problem is solved, but which generate.py cannot do without: the
+# problem that they give away, and what goes in their place. Decoding is right with it, and slower.
+STAND_INS = {
+    "extras.packed": (1, HERE / "stand_ins" / "packed.py"),
+    "extras.auto": (6, HERE / "stand_ins" / "auto.py"),
+}
 
-# A file that gives problem 1 away by a faster way of writing it; decoding is right without it, and generate.py wants its name.
-SLOW_PACKED = '''"""The project's own file makes products of few rows faster, and shows how a norm is written: this one changes nothing."""
+# Problem 4 solved would give problem 3 away, being the same DP. (Not the reverse: it is meant to be
+# derived from it.) While 3 is to be written and 4 is not assigned, the plain form does its work.
+SLOW_SELECT = """
+sets, cosines = select_layers_plain(layer, states, budget)
+return Selection(sets[smallest:], cosines[smallest:])
+"""
+
+# In DP_TESTS: a test that wants the fast form, and a third writing of the DP. What calls them goes
+# with them.
+DP_TESTS = "test_dp_skip.py"
+FAST_TEST = "test_fast_calls_each_layer_once_on_at_most_budget_rows"
+THIRD_FORM = "survivors"
+
+IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
+IGNORED_PROGRAMS = shutil.ignore_patterns("__pycache__", "*.py")       # such as train.py
 
 
-def pack(model):
-    return model
-'''
+class ExportError(Exception):
+    """The list in grade.py, the core's source and its tests do not fit together."""
 
 
-class Missing(Exception):
-    """The list in grade.py and the core's source do not fit together."""
+def export(out: Path, problems: list[int]):
+    """Write the student's repository into ``out``, a new or empty folder.
+
+    Raises ExportError before anything is written.
+    """
+    modules = exported_modules()
+    sources = {name: path.read_text() for name, path in modules.items()}
+    for module, bodies in new_bodies(problems).items():
+        if module not in sources:
+            raise ExportError(f"{module} is not among the exported modules")
+        sources[module] = replace_bodies(sources[module], bodies)
+    for module, path in stand_ins(problems).items():
+        if module not in sources:
+            raise ExportError(f"{module} is not among the exported modules")
+        sources[module] = path.read_text()
+    text = handout(problems)
+    tests = exported_tests(modules.keys() - stand_ins(problems).keys(), problems)
+    sources = without_helpers(sources, tests.values(), text)
+
+    for name, source in sources.items():
+        write(out / modules[name].relative_to(ROOT), source)
+    for name, source in tests.items():
+        write(out / "tests" / name, source)
+    shutil.copytree(TESTS / "golden", out / "tests" / "golden", ignore=IGNORED_PROGRAMS)
+    shutil.copytree(ROOT / "checkpoints", out / "checkpoints", ignore=IGNORED_PROGRAMS)
+    shutil.copytree(HERE / "checks", out / "checks", ignore=IGNORED)
+    for name in ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore"):
+        shutil.copy(ROOT / name, out)
+    for name in ("grade.py", "leaderboard.py", "entry.py"):
+        shutil.copy(HERE / name, out)
+    write(out / "README.md", text)
+    write(out / "assignment.json", json.dumps({"problems": problems}) + "\n")
 
 
-def find(tree: ast.Module, name: str) -> ast.FunctionDef:
-    """A function by its dotted name inside a module. Raises Missing."""
-    node = tree
-    for part in name.split("."):
-        inside = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name == part]
-        if len(inside) != 1:
-            raise Missing(f"{name}: found {len(inside)} times")
-        node = inside[0]
-    if not isinstance(node, ast.FunctionDef):
-        raise Missing(f"{name} is not a function")
-    return node
+def write(path: Path, text: str):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+# ---------------------------------------------------------------------------- what is taken out
+
+def new_bodies(problems: list[int]) -> dict[str, dict[str, str]]:
+    """For each module, the functions that get another body and what that is."""
+    bodies = {}
+    for problem in problems:
+        for name in PROBLEMS[problem].functions:
+            module, function = name.split(".", 1)
+            statement = f'raise NotImplementedError("{name}, problem {problem}")'
+            bodies.setdefault(module, {})[function] = statement
+    if is_select_slow(problems):
+        bodies["dp_skip"]["select_layers"] = SLOW_SELECT
+    return bodies
+
+
+def is_select_slow(problems: list[int]) -> bool:
+    return 3 in problems and 4 not in problems
+
+
+def stand_ins(problems: list[int]) -> dict[str, Path]:
+    """The modules that get another file, and which."""
+    return {module: path for module, (problem, path) in STAND_INS.items() if problem in problems}
 
 
 def replace_bodies(source: str, bodies: dict[str, str]) -> str:
-    """Module source with the functions' bodies replaced by one statement each; docstrings and all else stay."""
-    tree, lines = ast.parse(source), source.splitlines()
-    functions = [(find(tree, name), statement) for name, statement in bodies.items()]
-    for node, statement in sorted(functions, key=lambda pair: -pair[0].lineno):
-        first = node.body[1] if ast.get_docstring(node, clean=False) is not None and len(node.body) > 1 else node.body[0]
-        start = node.body[0].end_lineno if first is not node.body[0] else header_end(node, lines)
-        lines[start:node.end_lineno] = [" " * node.body[0].col_offset + statement]
+    """Module source with the functions' bodies replaced; docstrings and all else stay."""
+    tree = ast.parse(source)
+    lines = source.splitlines()
+    functions = [(find(tree, name), body) for name, body in bodies.items()]
+    last_first = sorted(functions, key=lambda pair: -pair[0].lineno)
+    for node, body in last_first:
+        start = body_start(node, lines)
+        indent = " " * node.body[0].col_offset
+        lines[start:node.end_lineno] = textwrap.indent(body.strip(), indent).splitlines()
     return "\n".join(lines) + "\n"
 
 
-def header_end(node: ast.FunctionDef, lines: list[str]) -> int:
-    """The line on which a signature ends, for a function without a docstring."""
-    end = max([node.lineno] + [n.end_lineno for n in ast.walk(node.args) if hasattr(n, "end_lineno")]
-              + ([node.returns.end_lineno] if node.returns else []))
-    if node.body[0].lineno <= end or not lines[end - 1].split("#")[0].rstrip().endswith(":"):
-        raise Missing(f"{node.name}: its body must begin on a line of its own, right after the signature")
+def find(tree: ast.Module, name: str) -> ast.FunctionDef:
+    """A function by its dotted name inside a module. Raises ExportError."""
+    node = tree
+    for part in name.split("."):
+        definitions = [n for n in node.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+        found = [n for n in definitions if n.name == part]
+        if len(found) != 1:
+            raise ExportError(f"{name}: found {len(found)} times")
+        node = found[0]
+    if not isinstance(node, ast.FunctionDef):
+        raise ExportError(f"{name} is not a function")
+    return node
+
+
+def body_start(node: ast.FunctionDef, lines: list[str]) -> int:
+    """How many lines come before what is to be replaced: signature and docstring stay."""
+    has_docstring = ast.get_docstring(node, clean=False) is not None
+    if has_docstring and len(node.body) > 1:
+        return node.body[0].end_lineno
+    parts = [part for part in ast.walk(node.args) if hasattr(part, "end_lineno")]
+    if node.returns:
+        parts.append(node.returns)
+    end = max([node.lineno, *[part.end_lineno for part in parts]])
+    while end < node.body[0].lineno and not is_header_end(lines[end - 1]):
+        end += 1                                       # ") -> Tensor:" on a line of its own
+    if node.body[0].lineno <= end:
+        raise ExportError(f"{node.name}: its body must begin on a line of its own")
     return end
 
 
-def without(source: str, names: Iterable[str]) -> str:
-    """Module source without some of its functions, and the blank lines after them."""
-    for name in names:
-        node, lines = find(ast.parse(source), name), source.splitlines(keepends=True)
-        start = min([node.lineno] + [d.lineno for d in node.decorator_list]) - 1
-        source = "".join(lines[:start] + lines[node.end_lineno + 2:])
-    return source
+def is_header_end(line: str) -> bool:
+    return line.split("#")[0].rstrip().endswith(":")
 
 
-def without_helpers(sources: dict[str, str], users: Iterable[str], text: str) -> dict[str, str]:
-    """Modules without the functions that neither they nor other sources, ``users``, nor the handout's text name."""
+def without_helpers(
+    sources: dict[str, str], users: Iterable[str], text: str
+) -> dict[str, str]:
+    """Modules without the functions that nobody names.
+
+    Neither the modules, nor ``users`` (other sources), nor the handout's text.
+    """
+    sources = dict(sources)
+    by_others = set(re.findall(r"\w+", text))
+    for source in users:
+        by_others |= names_in(source)
     while True:
-        named = set(re.findall(r"\w+", text)).union(*map(names_in, [*sources.values(), *users]))
-        gone = {module: [node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name not in named]
-                for module, source in sources.items()}
-        if not any(gone.values()):
+        named = by_others.union(*[names_in(source) for source in sources.values()])
+        unused = {module: functions_of(source) - named for module, source in sources.items()}
+        if not any(unused.values()):
             return sources
-        sources = {module: without(source, gone[module]) for module, source in sources.items()}
+        for module, names in unused.items():
+            sources[module] = without(sources[module], names)
+
+
+def functions_of(source: str) -> set[str]:
+    return {node.name for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
 
 
 def names_in(source: str) -> set[str]:
     """What a module's code names; comments and docstrings do not count, nor does a definition."""
-    return {name for node in ast.walk(ast.parse(source)) for field in ("id", "attr", "name")
-            if isinstance(name := getattr(node, field, None), str) and not isinstance(node, (ast.FunctionDef, ast.ClassDef))}
-
-
-def imports(source: str) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.split(".")[0])
+        if isinstance(node, ast.Name):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.alias):
+            names.add(node.name)
     return names
 
 
-def modules() -> list[str]:
-    """generate.py and the files of this project that it imports, directly or not.
+def without(source: str, names: Iterable[str]) -> str:
+    """Module source without some of its functions, and the blank lines after them."""
+    for name in sorted(names):
+        node = find(ast.parse(source), name)
+        lines = source.splitlines(keepends=True)
+        start = min([node.lineno, *[decorator.lineno for decorator in node.decorator_list]])
+        end = node.end_lineno
+        while end < len(lines) and not lines[end].strip():
+            end += 1
+        source = "".join(lines[:start - 1] + lines[end:])
+    return source.rstrip("\n") + "\n"
 
-    cuda_graphs.py stays away: it would give attention and problem 4 away, and nothing but its flag wants it.
-    """
-    found, wanted = [], ["generate"]
+
+# ---------------------------------------------------------------------------- what goes along
+
+def exported_modules() -> dict[str, Path]:
+    """generate.py and the modules of this project that it imports, directly or not."""
+    known = project_modules()
+    found = {}
+    wanted = {"generate"}
     while wanted:
         name = wanted.pop()
-        if name not in [*found, "cuda_graphs"] and (ROOT / f"{name}.py").exists():
-            found.append(name)
-            wanted += imports((ROOT / f"{name}.py").read_text())
-    return sorted(found)
+        found[name] = known[name]
+        imported = imports(known[name].read_text())
+        wanted |= imported & known.keys() - found.keys() - KEPT_BACK
+    return found
 
 
-def past_the_paper(changed: dict[str, dict[str, str]]) -> set[str]:
-    """Which of PAST_THE_PAPER the functions that get another body have to do with."""
-    trees = {module: ast.parse((ROOT / f"{module}.py").read_text()) for module in changed}
-    return PAST_THE_PAPER & {name for module, functions in changed.items() for function in functions
-                             for name in names_in(ast.unparse(find(trees[module], function).body))}
+def project_modules() -> dict[str, Path]:
+    """The core's and the extras', by the names under which they are imported."""
+    modules = {path.stem: path for path in ROOT.glob("*.py")}
+    for path in (ROOT / "extras").glob("*.py"):
+        name = "extras" if path.stem == "__init__" else f"extras.{path.stem}"
+        modules[name] = path
+    return modules
 
 
-def tests(exported: list[str]) -> list[Path]:
-    """The test files that import nothing of the project but what is exported."""
-    elsewhere = {path.stem for folder in (ROOT, ROOT / "tools", HERE) for path in folder.glob("*.py")} - set(exported)
-    return [path for path in sorted((ROOT / "tests").glob("*.py")) if not imports(path.read_text()) & elsewhere]
+def imports(source: str) -> set[str]:
+    """Dotted names of what a source imports: for ``from a.b import c``, a, a.b and a.b.c."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    packages = {name.rsplit(".", i)[0] for name in names for i in range(1, name.count(".") + 1)}
+    return names | packages
+
+
+def exported_tests(modules: Iterable[str], problems: list[int]) -> dict[str, str]:
+    """Files of tests/ that import nothing of the project but these modules, and each other."""
+    sources = {path.stem: path.read_text() for path in sorted(TESTS.glob("*.py"))}
+    elsewhere = project_modules().keys() - set(modules)
+    elsewhere |= {path.name for path in ROOT.iterdir() if path.is_dir()} - {"extras"}
+    for folder in (ROOT / "tools", HERE):
+        elsewhere |= {path.stem for path in folder.glob("*.py")}
+    while True:
+        left_out = [name for name, source in sources.items() if imports(source) & elsewhere]
+        if not left_out:
+            break
+        for name in left_out:
+            del sources[name]
+            elsewhere.add(name)
+    tests = {f"{name}.py": source for name, source in sources.items()}
+    tests[DP_TESTS] = without(tests[DP_TESTS], withheld_tests(tests[DP_TESTS], problems))
+    return tests
+
+
+def withheld_tests(source: str, problems: list[int]) -> set[str]:
+    """Of DP_TESTS, what would give an assigned problem away, or needs it written otherwise."""
+    withheld = set()
+    if is_select_slow(problems):
+        withheld.add(FAST_TEST)
+    if 3 in problems or 4 in problems:
+        withheld.add(THIRD_FORM)
+    callers = {name for name in functions_of(source)
+               if names_in(ast.unparse(find(ast.parse(source), name))) & withheld}
+    return withheld | callers
 
 
 def handout(problems: list[int]) -> str:
     """The handout, without the sections of problems that are not assigned."""
     text = (HERE / "README.md").read_text()
-    for problem in set(PROBLEMS) - set(problems):
-        text, found = re.subn(rf"## Problem {problem}\b.*?(?=\n## )\n", "", text, flags=re.DOTALL)
+    for problem in PROBLEMS.keys() - set(problems):
+        section = rf"## Problem {problem}\b.*?(?=\n## )\n"
+        text, found = re.subn(section, "", text, flags=re.DOTALL)
         if found != 1:
-            raise Missing(f"the handout has {found} sections on problem {problem}")
+            raise ExportError(f"the handout has {found} sections on problem {problem}")
     if len(problems) < len(PROBLEMS):
         chosen = ", ".join(map(str, problems))
-        text = text.replace("\n## ", f"\n**This copy assigns problem{'s' * (len(problems) > 1)} {chosen}; the others are solved.**\n\n## ", 1)
+        noun = "problem" if len(problems) == 1 else "problems"
+        note = f"**This copy assigns {noun} {chosen}; the others are solved.**"
+        text = text.replace("\n## ", f"\n{note}\n\n## ", 1)
     return text
 
 
-def bodies(problems: list[int]) -> dict[str, dict[str, str]]:
-    """For each module, the functions that get another body and what that is."""
-    out = {}
-    for problem in problems:
-        for name in PROBLEMS[problem].functions:
-            module, function = name.split(".", 1)
-            out.setdefault(module, {})[function] = f'raise NotImplementedError("{name}, problem {problem}")'
-    if needs_stand_in(problems):
-        out["dp_skip"]["select_layers"] = stand_in((ROOT / "dp_skip.py").read_text())
-    return out
-
-
-def stand_in(source: str) -> str:
-    """A body for select_layers: the plain form's result, given the arguments that both forms have."""
-    fast, plain = ([argument.arg for argument in find(ast.parse(source), name).args.args] for name in ("select_layers", "select_layers_plain"))
-    handed_on = ", ".join(f"{name}={name}" for name in fast if name in plain)
-    return f"return Selection(*(every_budget[smallest:] for every_budget in select_layers_plain({handed_on})))"
-
-
-def needs_stand_in(problems: list[int]) -> bool:
-    return 3 in problems and 4 not in problems
-
-
-def export(out: Path, problems: list[int]):
-    """Write the student's repository into ``out``, a new or empty folder. Raises Missing before anything is written."""
-    exported, changed = modules(), bodies(problems)
-    sources = {name: (ROOT / f"{name}.py").read_text() for name in exported}
-    for module, functions in changed.items():
-        if module not in sources:
-            raise Missing(f"{module}.py is not among the exported files")
-        sources[module] = replace_bodies(sources[module], functions)
-    if 1 in problems:
-        find(ast.parse(sources.get("packed", "")), "pack")
-        sources["packed"] = SLOW_PACKED
-    past = past_the_paper(changed)
-    left = [PAST_TESTS] * bool(past) + [PACKED_TESTS] * (1 in problems)          # tests that do not go along
-    text, checked = handout(problems), {path: path.read_text() for path in tests(exported) if path.name not in left}
-    sources = without_helpers(sources, checked.values(), text)
-    withheld = FAST_TESTS * needs_stand_in(problems) + COST_TESTS * ("costs" in past)
-
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "train.py", "make.py")
-    (out / "tests").mkdir(parents=True)
-    for name, source in sources.items():
-        (out / f"{name}.py").write_text(source)
-    for path, source in checked.items():
-        (out / "tests" / path.name).write_text(without(source, withheld) if path.name == TESTS else source)
-    shutil.copytree(ROOT / "tests" / "golden", out / "tests" / "golden", ignore=ignore)
-    shutil.copytree(ROOT / "checkpoints", out / "checkpoints", ignore=ignore)
-    shutil.copytree(HERE / "checks", out / "checks", ignore=ignore)
-    for path in (ROOT / "LICENSE", ROOT / "requirements.txt", ROOT / ".gitignore", HERE / "grade.py", HERE / "leaderboard.py",
-                 HERE / "entry.py"):
-        shutil.copy(path, out)
-    (out / "README.md").write_text(text)
-    (out / "assignment.json").write_text(json.dumps({"problems": problems}) + "\n")
-
+# ---------------------------------------------------------------------------- running
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write a student's repository.")
     parser.add_argument("out", type=Path, help="a folder that does not exist yet, or is empty")
-    parser.add_argument("--problems", type=numbers, default=list(PROBLEMS), metavar="N,N", help="default: all six")
+    parser.add_argument("--problems", type=numbers, default=list(PROBLEMS), metavar="N,N",
+                        help="default: all six")
     args = parser.parse_args()
-    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        parser.error(f"{args.out} exists and is not an empty folder")
+    out = args.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        parser.error(f"{out} exists and is not an empty folder")
     try:
-        export(args.out, args.problems)
-    except Missing as error:
-        print(f"export.py: {error}: grade.py's list of problems and the source have drifted apart", file=sys.stderr)
+        export(out, args.problems)
+    except ExportError as error:
+        print(f"export.py: {error}: grade.py's list of problems and the source have drifted apart",
+              file=sys.stderr)
         return 2
     except OSError as error:
-        shutil.rmtree(args.out, ignore_errors=True)                     # it was empty
-        print(f"export.py: cannot write {args.out}: {error}", file=sys.stderr)
+        shutil.rmtree(out, ignore_errors=True)         # it was empty
+        print(f"export.py: cannot write {out}: {error}", file=sys.stderr)
         return 2
     count = sum(len(PROBLEMS[problem].functions) for problem in args.problems)
-    print(f"{args.out}: {count} functions to write in {len(args.problems)} problems")
+    print(f"{out}: {count} functions to write in {len(args.problems)} problems")
     return 0
 
 

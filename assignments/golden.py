@@ -1,104 +1,150 @@
-"""Make checks/golden.json: the reference's numbers, for checks that cannot be worked out by hand.
+"""Make checks/golden.json: the reference's numbers, for what cannot be worked out by hand.
 
     python assignments/golden.py
 
-Inputs come from seeds, so only results are kept. Cases where rounding could decide (two candidates all but equally
-close) are refused here, not met by a student. A test holds the file against what this makes now.
+Inputs come from seeds, so only results are kept. Cases where rounding could decide (two candidates
+all but equally close) are left out here, not met by a student. So are prompts of the leaderboard
+after which the bundled model all but ties: after another model takes its place, one run of this
+makes everything anew. A test holds the file against what this makes now.
 """
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-import dp_skip  # noqa: E402
-import leaderboard  # noqa: E402
-from checks import problem1, problem3  # noqa: E402
-from checks.common import config  # noqa: E402
-from generate import BUNDLED  # noqa: E402
-from model import load_model, rope_table  # noqa: E402
-from speculative import autoregressive  # noqa: E402
+import leaderboard
+from checks import problem1, problem3
 
-MARGIN = 1e-3                 # least difference between the distances of two candidates that a golden case may turn on
+import dp_skip
+from checkpoint import BUNDLED, Tokenizer, load_model
+from model import rope_table
+from speculative import autoregressive
+
+FILE = HERE / "checks" / "golden.json"
+MARGIN = 1e-3                 # least difference, of distances or of logits, that a case may turn on
+TEXTS = 5                     # of the leaderboard
+PROMPTS = [                   # of which the first that fit are taken
+    "Once upon a time, in a great forest, there lived an old witch",
+    "The king had three daughters, and the youngest",
+    "A poor miller had",
+    "When the prince came to the castle",
+    "There was once a fisherman who",
+    "Long ago there lived a woman who had two sons",
+    "The little girl went into the garden and",
+    "One day a wolf said to the fox",
+    "An old soldier was walking home when",
+    "In the middle of the night the princess",
+]
+CONSISTENT = [(1, 1), (3, 2), (5, 5)]                  # layers, budget
 
 
 def rounded(x):
     return [rounded(v) for v in x] if isinstance(x, list) else round(x, 6)
 
 
+def make() -> dict:
+    with torch.inference_mode():
+        return {
+            "rope": rope(),
+            "layer": whole_layer(),
+            "dp": dp_cases(),
+            "dp consistent": consistent_cases(),
+            "texts": texts(),
+        }
+
+
+# ---------------------------------------------------------------------------- problem 1
+
 def rope() -> dict:
-    out, scaling = {}, dict(factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16)
-    for name, changes in (("rope_scaling None", {}), ("rope_scaling of LLaMA 3.1", dict(rope_scaling=scaling))):
-        cos, sin = rope_table(config(head_dim=4, rope_theta=100., **changes), 4)
-        out[name] = {"cos": rounded(cos.tolist()), "sin": rounded(sin.tolist())}
-    cos, _ = rope_table(config(head_dim=4, rope_theta=100.), 302)
-    return out | {"cos of 301": rounded(cos[301:].tolist())}
+    tables = {}
+    for name, scaling in problem1.SCALINGS.items():
+        cos, sin = rope_table(problem1.table_config(scaling), 4)
+        tables[name] = {"cos": rounded(cos.tolist()), "sin": rounded(sin.tolist())}
+    cos, _ = rope_table(problem1.table_config(), 302)
+    tables["cos of 301"] = rounded(cos[301:].tolist())
+    return tables
 
 
-def clear(select, layer, states, budget) -> bool:
-    """No choice of the programme was a near tie: the same sets whichever of two close candidates is favoured."""
-    margins, measure = [], dp_skip.distances
+def whole_layer() -> list:
+    layer, x, cos, sin = problem1.whole_layer()
+    return rounded(layer(x, cos, sin).tolist())
+
+
+# ---------------------------------------------------------------------------- problems 3 and 4
+
+def dp_cases() -> list[dict]:
+    """Sets by the paper's measure, and cells by the double's, where neither turns on rounding."""
+    kept = []
+    for layers, budget, seed in problem3.CASES:
+        layer, states = problem3.toy(layers, seed)
+        sets = clear_selection(layer, states, budget)
+        with problem3.doubles():
+            cells = clear_selection(layer, states, budget)
+        if sets and cells:
+            kept.append({
+                "case": [layers, budget, seed],
+                "skip_sets": [sorted(s) for s in sets],
+                "cells": [sorted(map(list, s)) for s in cells],
+            })
+    return kept
+
+
+def clear_selection(layer, states, budget: int) -> list[frozenset] | None:
+    """The DP's sets, if no choice was a near tie."""
+    margins = []
+    measure = dp_skip.distances
 
     def watched(rows, target):
         result = measure(rows, target)
-        margins.append((result[0] - result[-1]).abs().item() or 1.)        # equal to the last bit: a tie in earnest
+        apart = (result[0] - result[-1]).abs().item()
+        margins.append(apart or 1.0)                   # equal to the last bit: a tie in earnest
         return result
 
-    dp_skip.distances = watched
-    try:
-        select(layer, states, budget)
-    finally:
-        dp_skip.distances = measure
-    return min(margins[:-1] or [1.]) > MARGIN                 # the last call is on the finals of all budgets
+    with mock.patch("dp_skip.distances", watched):
+        sets = dp_skip.select_layers_plain(layer, states, budget).skip_sets
+    choices = margins[:-1]                             # the last call is on the finals
+    return sets if min(choices, default=1.0) > MARGIN else None
 
 
-def dp() -> list[dict]:
-    out = []
-    for layers, budget, seed in problem3.CASES:
-        layer, states = problem3.toy(layers, seed)
-        plain = dp_skip.select_layers_plain
-        if not clear(plain, layer, states, budget):
-            continue
+def consistent_cases() -> list[dict]:
+    kept = []
+    for layers, budget in CONSISTENT:
+        layer, states = problem3.consistent_toy(layers, 0)
         with problem3.doubles():
-            if not clear(plain, layer, states, budget):
-                continue
-            cells = plain(layer, states, budget).skip_sets
-        out.append({"case": [layers, budget, seed], "skip_sets": [sorted(s) for s in plain(layer, states, budget).skip_sets],
-                    "cells": [sorted(map(list, s)) for s in cells]})
-    return out
+            cosines = dp_skip.select_layers_plain(layer, states, budget).cosines
+        kept.append({"case": [layers, budget], "manhattan": rounded(cosines)})
+    return kept
 
 
-def dp_consistent() -> list[dict]:
-    out = []
-    for layers, budget in ((1, 1), (3, 2), (5, 5)):
-        with problem3.doubles():
-            cosines = dp_skip.select_layers_plain(*problem3.consistent_toy(layers, 0), budget).cosines
-        out.append({"case": [layers, budget], "manhattan": rounded(cosines)})
-    return out
+# ---------------------------------------------------------------------------- the leaderboard
+
+def texts() -> list[dict]:
+    """The bundled model's greedy texts, none of which turns on a near tie of two tokens."""
+    model = load_model(BUNDLED)
+    tokenizer = Tokenizer(BUNDLED)
+    kept = []
+    for prompt in PROMPTS:
+        ids = tokenizer.encode(prompt)
+        tokens = list(autoregressive(model, ids, leaderboard.TOKENS))
+        if least_margin(model, ids, tokens) >= MARGIN:
+            kept.append({"text": prompt, "prompt": ids, "tokens": tokens})
+        if len(kept) == TEXTS:
+            return kept
+    raise SystemExit(f"golden.py: near ties after all but {len(kept)} of PROMPTS: add others")
 
 
-def texts() -> list[list[int]]:
-    """The bundled model's greedy texts for the leaderboard; none may turn on a near tie of two tokens."""
-    model, out = load_model(BUNDLED), []
-    for prompt in leaderboard.prompts():
-        tokens = list(autoregressive(model, prompt, leaderboard.TOKENS))
-        logits = model.logits(model(torch.tensor([prompt + tokens[:-1]]))[-1])[0, len(prompt) - 1:]
-        top = logits.topk(2).values
-        if (top[:, 0] - top[:, 1]).min() < MARGIN:
-            raise SystemExit(f"golden.py: a near tie after {prompt}: take another prompt")
-        out.append(tokens)
-    return out
-
-
-def make() -> dict:
-    with torch.inference_mode():
-        layer, *given = problem1.whole_layer()
-        return {"rope": rope(), "layer": rounded(layer(*given).tolist()), "dp": dp(), "dp consistent": dp_consistent(),
-                "texts": texts()}
+def least_margin(model, prompt: list[int], tokens: list[int]) -> float:
+    """Between the logits of the two likeliest tokens, at any token of a text."""
+    states = model(torch.tensor([prompt + tokens[:-1]]))
+    logits = model.logits(states[-1])[0, len(prompt) - 1:]
+    first, second = logits.topk(2).values.unbind(-1)
+    return (first - second).min().item()
 
 
 if __name__ == "__main__":
-    text = ",\n".join(f" {json.dumps(name)}: {json.dumps(value)}" for name, value in make().items())
-    (HERE / "checks" / "golden.json").write_text("{\n" + text + "\n}\n")
+    parts = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in make().items()]
+    FILE.write_text("{\n" + ",\n".join(parts) + "\n}\n")

@@ -1,4 +1,4 @@
-"""How many layers to skip, how far to draft, and whether to draft at all: what gives most tokens a second.
+"""How many layers to skip, how far to draft, and whether to draft at all: whatever is fastest.
 
 The paper fixes M, K, the exit threshold and the interval by hand; set badly, they make decoding
 slower. But one run of the DP (dp_skip.py) holds the best set for *every* M, and with it how far its
@@ -6,16 +6,16 @@ last state lies from the true one,
 
     d(M) = |u - v|,  u and v the two states scaled to length 1:  d^2 = 2 (1 - cosine).
 
-On the models measured, the share of draft tokens that the whole model rejects is about d itself (see
-docs/auto.md). So, with s near 1 and learned from what was accepted,
+On the models measured, the share of draft tokens that the whole model rejects is about d itself
+(see docs/auto.md). So, with s near 1 and learned from what was accepted,
 
     a(M) = 1 - s d(M)       the chance that a drafted token is accepted
     E = 1 + a + ... + a^k   tokens expected of a cycle that drafts k
     T = k t(M) + v          its time: k draft tokens at t(M) each, and a verify pass
 
 and M and k are those of the largest E / T. If that is below one token in the time of a plain step,
-nothing is drafted. Now and then drafting is tried again: when what the attempt is expected to lose is
-at most TRIAL of the time that passed since. While drafting, each token's confidence sharpens the
+nothing is drafted. Now and then drafting is tried again: when what the attempt is expected to lose
+is at most TRIAL of the time that passed since. While drafting, each token's confidence sharpens the
 guess: with P the chance that all tokens so far are accepted, one more is worth its time if
 P a >= t(M) E / T, that is, if it brings more than the same time brings on average.
 
@@ -37,7 +37,7 @@ from dp_skip import select_layers
 from model import Llama
 from speculative import (
     DRAFT_LENGTH,
-    NOTHING,
+    NO_DRAFT,
     Draft,
     Drafter,
     Outcome,
@@ -48,8 +48,8 @@ from speculative import (
     require_draft_length,
 )
 
-SLOPE = 0.9                   # s before anything is known: 0.7 and 1.0 on the two models measured
-TRIAL = 0.01                  # of the time without drafts may go into trying whether they pay by now
+SLOPE = 0.9                   # s before anything is known: 0.7 and 1.0 on the models measured
+TRIAL = 0.01                  # of the time without drafts may go into trying whether they pay
 SHARE = 0.015                 # of the time, at most, may go into the DP
 FIRST_INTERVAL = 16           # cycles between runs of the DP to begin with, and their limits
 SHORTEST_INTERVAL = 8
@@ -62,7 +62,7 @@ SHAPE = {"draft": 1.0, "plain": 1.0, "verify": 1.2, "optimize": 1.5}
 
 @dataclass(frozen=True)
 class Choice:
-    """Draft ``length`` tokens a cycle with ``budget`` layers left out, and what is expected of it."""
+    """Draft ``length`` tokens a cycle without ``budget`` layers; and what is expected of it."""
     budget: int = 0
     length: int = 0
     seconds: float = 0.0      # of a cycle
@@ -81,7 +81,7 @@ class Auto(Drafter):
         draft_length: int = DRAFT_LENGTH,
         costs: dict[str, float] | None = None,
     ):
-        """draft_length: most tokens of a draft. costs: fixed times; None: measured, see ``Costs``."""
+        """draft_length: most tokens of a draft. costs: fixed, see ``Costs``; None: measured."""
         self.layers = len(model.layers)
         require(self.layers > 1, "auto needs a model of at least two layers")
         require_draft_length(draft_length)
@@ -112,7 +112,7 @@ class Auto(Drafter):
         self.alive = 1.0
         length = min(most, self.choice.length)
         if length == 0 or not (self.pays or self.trying):
-            return NOTHING
+            return NO_DRAFT
         skip = self.sets[self.choice.budget]
         self.report(text, skip)
         return draft_by_skipping(text, skip, length, self.is_worth_another)
@@ -197,7 +197,7 @@ class Auto(Drafter):
         return self.trying
 
     def run_dp(self, text: Text, hidden: Tensor):
-        """The best sets of all budgets, or of those around the last choice; then choose among them."""
+        """Find the best sets of all budgets, or of those around the last choice; then choose."""
         lowest = 1
         highest = self.layers - 1
         if self.pays:
@@ -258,7 +258,7 @@ class Rejections:
         return min(1.0, slope * distance)
 
     def chance_at(self, confidence: float, budget: int, distance: float) -> float:
-        """Once the draft's confidence at the token is known; the chance before counts as 2 tokens."""
+        """Once the draft's confidence at it is known; the chance before counts as 2 tokens."""
         prior = self.chance(budget, distance) / distance
         slope = self.by_confidence[tenths(confidence)].estimate(prior, 2 * distance)
         return min(1.0, slope * distance)
@@ -330,8 +330,8 @@ class Costs:
 
     def measured(self) -> dict[str, float]:
         known = {kind: median_low(times) for kind, times in self.last.items() if times}
-        scales = [known[kind] / SHAPE[kind] for kind in ("draft", "plain", "verify") if kind in known]
-        scale = scales[0] if scales else 1.0
+        steps = [kind for kind in ("draft", "plain", "verify") if kind in known]
+        scale = known[steps[0]] / SHAPE[steps[0]] if steps else 1.0
         times = {kind: known.get(kind, guess * scale) for kind, guess in SHAPE.items()}
         # A plain step is rarely measured while drafts pay, but bounded by what is.
         times["plain"] = min(times["plain"], times["draft"], times["verify"])

@@ -1,8 +1,8 @@
 """CUDA graphs: decode without launching every kernel from Python.
 
-A row through a decoder layer is some twenty kernels, which a GPU may run faster than Python asks for
-them. A CUDA graph is a recording of kernels, asked for as one. ``GraphedLlama`` wraps a ``Llama`` and
-stands in for it in speculative.py:
+A row through a decoder layer is some twenty kernels, which a GPU may run faster than Python asks
+for them. A CUDA graph is a recording of kernels, asked for as one. ``GraphedLlama`` wraps a
+``Llama`` and stands in for it in speculative.py:
 
 * One graph for each layer, so that *skipping a layer is not replaying its graph*. All layers of a
   pass update one hidden state in place; one graph before them makes it from the tokens, one behind
@@ -14,8 +14,8 @@ stands in for it in speculative.py:
   position, that is the causal mask; for the DP's candidates, all at one position, each in a scratch
   slot, it is theirs (§3.6).
 
-On a CPU, for tests, nothing is recorded, and the same work on the same tensors is called. Not yet run
-on a GPU.
+On a CPU, for tests, nothing is recorded, and the same work on the same tensors is called. Not yet
+run on a GPU.
 
 Read ``GraphedLlama.forward`` first, then ``begin``, ``Pass`` and ``capture``.
 """
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from extras.packed import attend_folded
-from model import BLOCK, KVCache, Llama
+from model import BLOCK, KVCache, Llama, storable
 
 FEW = 16                      # rows; passes of more, the prompt's, run without graphs
 MOST_PASSES = 64              # kinds kept per cache: some 10 KB for each kernel of each layer
@@ -83,7 +83,7 @@ class CacheMemory:
 
 
 class Pass:
-    """The work of a pass of so many rows over so many slots of one cache, and a graph of each part."""
+    """The work of a pass of so many rows over so many slots, and a graph of each of its parts."""
 
     def __init__(self, model: Llama, memory: CacheMemory, at: Rows, slots: int):
         self.model = model
@@ -114,8 +114,8 @@ class Pass:
     def store(self, i: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys = self.memory.keys[i]
         values = self.memory.values[i]
-        keys.index_copy_(2, self.at.slot, k)
-        values.index_copy_(2, self.at.slot, v)
+        keys.index_copy_(2, self.at.slot, storable(k))
+        values.index_copy_(2, self.at.slot, storable(v))
         slots = self.mask.shape[1]
         return keys[:, :, :slots], values[:, :, :slots]
 
@@ -125,8 +125,8 @@ class GraphedLlama:
 
     Graphs are captured when first needed, which takes as long as some passes do: time a second
     text, not the first. Hidden states and logits that come from a graph hold until the next pass of
-    as many rows. The layers of the wrapped model take ``packed.folded_attention`` from now on. A new
-    cache gets the memory, and so the graphs, of one that is gone and was as large.
+    as many rows. The layers of the wrapped model take ``packed.folded_attention`` from now on. A
+    new cache gets the memory, and so the graphs, of one that is gone and was as large.
     """
 
     def __init__(self, model: Llama):
@@ -174,7 +174,7 @@ class GraphedLlama:
 
     @torch.inference_mode()
     def logits(self, state: Tensor) -> Tensor:
-        """As ``Llama.logits``; by a graph for the last state of the last pass of its number of rows."""
+        """As ``Llama.logits``; by a graph if ``state`` is the last of a pass's graphs."""
         at = next((at for at in self.rows.values() if at.x is state), None)
         if at is None:
             return self.model.logits(state)
@@ -271,7 +271,7 @@ class GraphedLlama:
         current.graphs[part]()
 
     def capture(self, work: Callable[[], object], at: Rows) -> Callable[[], object]:
-        """A callable that does ``work`` on the device, recorded. The hidden state is as it was, after.
+        """A callable that does ``work`` on the device, recorded. The hidden state stays as it was.
 
         All graphs share one pool of memory for what they need in between. They may, in whatever
         order they are replayed, because they run one at a time and leave nothing in it: results go

@@ -1,12 +1,12 @@
 """Exact to the last bit: how wide a pass of the whole model must be.
 
-Matrix kernels round differently for 1 row and for 5. So speculative decoding, which verifies k+1 rows
-where plain decoding computes 1, does not quite write plain decoding's greedy text: in bfloat16 it
-parts at the first near tie. In ``speculative.full_pass`` with a ``width``, every pass has the same
-number of rows and looks over whole blocks of the cache. A row's bits then depend on its token and the
-keys and values before it, not on how many of the rows beside it are drafted, accepted or padding.
-Plain decoding in such passes is equal bit for bit; it starts from the same keys and values, since
-both put the prompt through in the same pieces.
+Matrix kernels round differently for 1 row and for 5. So speculative decoding, which verifies k+1
+rows where plain decoding computes 1, does not quite write plain decoding's greedy text: in bfloat16
+it parts at the first near tie. In ``speculative.full_pass`` with a ``width``, every pass has the
+same number of rows and looks over whole blocks of the cache. A row's bits then depend on its token
+and the keys and values before it, not on how many of the rows beside it are drafted, accepted or
+padding. Plain decoding in such passes is equal bit for bit; it starts from the same keys and
+values, since both put the prompt through in the same pieces.
 
 What is left is to find a width at which a row's bits do not depend on its *place* among the rows.
 """
@@ -15,7 +15,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from model import BLOCK, Llama, rope_table
+from model import BLOCK, KVCache, Llama, rope_table
+from speculative import full_pass, prefill
 
 # What exact_width found, by model and then by (rows, slots in a block, threads).
 KNOWN_WIDTHS = weakref.WeakKeyDictionary()
@@ -25,17 +26,18 @@ TRIALS = 4                    # random rows and caches in float32
 TRIALS_16_BITS = 12           # more, since 16 bits round most differences away
 
 
-def exact_width(model: Llama, rows: int) -> int:
-    """The fewest rows, from ``rows`` on, at which a row's bits do not depend on its place among them.
+def exact_width(model: Llama, rows: int) -> int | None:
+    """The fewest rows, from ``rows`` on, at which a row's bits do not depend on its place.
 
     A kernel may take the last rows differently from the first: MKL's for AVX2 take 7 as 6 + 1. So
-    the machine is asked. If no width fits, ``rows`` is returned, and --compare tells what comes of it.
+    the machine is asked. None: no width fits, as with some odd sizes.
     """
     known = KNOWN_WIDTHS.setdefault(model, {})
     key = (rows, BLOCK, torch.get_num_threads())
     if key not in known:
-        fitting = (width for width in range(rows, rows + TRIED) if is_even(model, width))
-        known[key] = next(fitting, rows)
+        widths = range(rows, rows + TRIED)
+        fitting = (w for w in widths if is_even(model, w) and passes_agree(model, w))
+        known[key] = next(fitting, None)
     return known[key]
 
 
@@ -52,8 +54,25 @@ def is_even(model: Llama, width: int) -> bool:
     return True
 
 
+@torch.inference_mode()
+def passes_agree(model: Llama, width: int) -> bool:
+    """Does a pass of ``width`` tokens give them the logits that each has in a pass by itself?"""
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (width + 1,), generator=random).tolist()
+    cache = KVCache(model, BLOCK + width, width)
+    prefill(model, cache, tokens[:1])
+    _, together = full_pass(model, cache, tokens[1:], width)
+    together = together.clone()          # with CUDA graphs the next pass takes its place
+    for place in (width - 1, width // 2, 0):         # the last first: a pass overwrites later slots
+        cache.length = 1 + place
+        _, alone = full_pass(model, cache, tokens[1 + place:2 + place], width)
+        if not torch.equal(alone[0], together[place]):
+            return False
+    return True
+
+
 def results_of_equal_rows(model: Llama, width: int, slots: int, random: torch.Generator):
-    """One random row, ``width`` times: what a layer of each kind and the head, then attention, make of it.
+    """What a layer of each kind, the head and attention make of one random row, ``width`` times.
 
     Yields tensors (width, ...). All rows see the same random keys and values.
     """

@@ -7,6 +7,7 @@ Remedies, with their measurements in docs/speed.md:
 
 * Weights that were saved in 16 bits, as nearly all are, lie here in float16 whatever the model's
   dtype: half the bytes of float32. FBGEMM widens them in registers; products and sums are float32.
+  Rows of tiny or huge bfloat16 weights are scaled by a power of two, which rounds nothing.
 * In bfloat16 on a CPU that computes in it, matrices are packed into oneDNN's own order, once, after
   loading; oneDNN would otherwise rearrange them at every call.
 * Of true float32 weights, large matrices are packed so too. Small ones, where oneDNN's overhead of
@@ -25,12 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import DecoderLayer, Llama, RMSNorm, attention
+from model import DecoderLayer, Llama, ModelError, RMSNorm, attention
 
 LARGE = 2 ** 18               # numbers in a float32 matrix from which on oneDNN is faster than MKL
 FEW = 12                      # rows up to which MKL is faster with the weight on the left
 THREADED = 3 * 2 ** 18        # numbers in a matrix from which on threads are worth their start
-ROUNDED = 2.0 ** -25          # float16 holds bfloat16 weights below 2^16 to this, finer than sums
+ROUNDED = 2.0 ** -19          # of a row's largest weight: what float16 may round away
+ROW_EXPONENT = 14             # rows that are scaled have their largest weight in 2^14 .. 2^15
+CHUNK = 4096                  # rows looked at together, so that no large matrix is held thrice
 SLOW_TO_PACK = 2 ** 27        # numbers in the embedding, from which on packing shows its progress
 MATRICES = ("qkv", "o", "gate_up", "down")               # of a layer
 
@@ -79,7 +82,7 @@ def choose_products(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
         weight = linear.weight
         if dtype == torch.bfloat16 and computes_bfloat16:
             return PackedLinear(weight)
-        if has_fbgemm and all(saved_in_16_bits(part) for part in weight.split(4096)):
+        if has_fbgemm and all(saved_in_16_bits(part) for part in weight.split(CHUNK)):
             return Float16Linear(weight, small)
         if dtype != torch.float32:
             return linear
@@ -89,12 +92,28 @@ def choose_products(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
 
 
 def saved_in_16_bits(weight: Tensor) -> bool:
-    """Do float16 or bfloat16 hold these numbers, and float16 well enough?"""
-    kept = weight.half().to(weight)
-    if torch.equal(kept, weight):
-        return True
-    in_bfloat16 = torch.equal(weight.bfloat16().to(weight), weight)
-    return in_bfloat16 and bool((weight - kept).abs().max() <= ROUNDED)
+    """Can float16 or bfloat16 hold these numbers? Raises ModelError for NaN or infinity."""
+    if not weight.abs().amax().isfinite():               # FBGEMM would make large numbers of them
+        raise ModelError("the model's weights are damaged: they hold NaN or infinity")
+    in_float16 = torch.equal(weight.half().to(weight), weight)
+    return in_float16 or torch.equal(weight.bfloat16().to(weight), weight)
+
+
+def row_scales(weight: Tensor) -> Tensor | None:
+    """Powers of two (rows,) by which to divide the rows, so that float16 holds them; None: by 1.
+
+    bfloat16 has a wider range than float16, which has fewer and fewer digits below 2^-14. A power
+    of two changes no digit, neither of a weight nor of a product.
+    """
+    scales = []
+    needed = False
+    for rows in weight.float().split(CHUNK):
+        largest = rows.abs().amax(dim=1)
+        rounded = (rows.half().float() - rows).abs().amax(dim=1)     # infinite from 2^16 on
+        needed |= bool((rounded > ROUNDED * largest).any())
+        _, exponent = torch.frexp(largest)                           # largest < 2^exponent
+        scales.append(torch.exp2(exponent.clamp(min=-100) - (ROW_EXPONENT + 1.0)))
+    return torch.cat(scales) if needed else None
 
 
 def unthreaded_product() -> Callable | None:
@@ -134,15 +153,22 @@ class Float16Linear(nn.Module):
     def __init__(self, weight: Tensor, small: Callable | None = None):
         super().__init__()
         self.nbytes = 2 * weight.numel()
+        self.scales = row_scales(weight)
+        weight = weight.float()
+        if self.scales is not None:
+            weight = weight / self.scales[:, None]
         if weight.numel() < THREADED and small:
-            self.weight = torch.fbgemm_pack_gemm_matrix_fp16(weight.float())
+            self.weight = torch.fbgemm_pack_gemm_matrix_fp16(weight)
             self.multiply = small
         else:
-            self.weight = torch.ops.quantized.linear_prepack_fp16(weight.float(), None)
+            self.weight = torch.ops.quantized.linear_prepack_fp16(weight, None)
             self.multiply = threaded_product
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.multiply(x.float(), self.weight, None).to(x.dtype)
+        product = self.multiply(x.float(), self.weight, None)
+        if self.scales is not None:
+            product = product * self.scales
+        return product.to(x.dtype)
 
 
 def threaded_product(x: Tensor, weight, bias) -> Tensor:

@@ -3,164 +3,269 @@
     pip install gguf
     python tools/gguf_to_safetensors.py model.gguf OUT [--dtype bfloat16]
 
-Whatever quantisation the `gguf` package can undo becomes plain weights (larger on disk, and no better than
-the quantised ones were). The folder is built beside OUT and takes its name when it is complete.
+Whatever quantisation the `gguf` package can undo becomes plain weights (larger on disk, and no
+better than the quantised ones were). The folder is built beside OUT and takes its name when it is
+complete.
 """
 import argparse
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model import Config, inverse_frequencies  # noqa: E402
+from model import Config, inverse_frequencies
 
-SHARD_BYTES = 4 << 30
-NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-         "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-         "output.weight": "lm_head.weight"}
-# How text is cut before byte-pair merging, by GGUF's name for it.
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-PRE_TOKENIZERS = {
-    "llama-bpe": lambda: [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
-                          pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
-    "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)],
-    "gpt-2": lambda: [pre_tokenizers.ByteLevel(add_prefix_space=False)]}
-CONTROL, USER_DEFINED = 3, 4                                   # GGUF token types
+SHARD_BYTES = 4 << 30         # of a file of weights, at most
 
 
-def refuse(message: str):
-    sys.exit(print(f"gguf_to_safetensors.py: {message}", file=sys.stderr) or 2)
+def refuse(message: str) -> NoReturn:
+    print(f"gguf_to_safetensors.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------- config.json
+
+# field(name) reads one field of the file's metadata; field(name, default) where it may be missing.
+Field = Callable
+
+# Of the only RoPE scaling that GGUF files of LLaMA carry, as a tensor of divisors: LLaMA 3.1's.
+SCALING = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read_config(field: Field, tensors: dict) -> dict:
+    """config.json from the metadata."""
+    if "token_embd.weight" not in tensors:
+        refuse("there are no weights in this file")
+    heads = field("llama.attention.head_count")
+    dim = field("llama.embedding_length")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": dim,
+        "intermediate_size": field("llama.feed_forward_length"),
+        "num_hidden_layers": field("llama.block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": field("llama.attention.head_count_kv", heads),
+        "head_dim": field("llama.attention.key_length", dim // heads),
+        "max_position_embeddings": field("llama.context_length"),
+        "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": field("llama.rope.freq_base", 10000.0),
+        "rope_scaling": None,
+        "vocab_size": int(tensors["token_embd.weight"].shape[1]),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": field("tokenizer.ggml.bos_token_id", None),
+        "eos_token_id": field("tokenizer.ggml.eos_token_id", None),
+    }
+    if field("llama.rope.dimension_count", config["head_dim"]) != config["head_dim"]:
+        refuse("rotating only a part of each head is not supported")
+    scaling_type = field("llama.rope.scaling.type", "none")
+    if scaling_type != "none":
+        refuse(f"unsupported RoPE scaling {scaling_type!r}")
+    if "rope_freqs.weight" in tensors:
+        divisors = torch.tensor(tensors["rope_freqs.weight"].data)
+        config["rope_scaling"] = recognise_scaling(config, divisors)
+    return config
+
+
+def recognise_scaling(config: dict, divisors: torch.Tensor) -> dict:
+    """The fields of LLaMA 3.1's rule that gives these divisors (head_dim / 2,) of frequencies."""
+    scaling = SCALING | {"factor": float(divisors.max())}
+    known = {name: config[name] for name in Config.__dataclass_fields__}
+    plain = Config(**known | {"rope_scaling": None})
+    scaled = Config(**known | {"rope_scaling": scaling})
+    ratio = inverse_frequencies(plain) / inverse_frequencies(scaled)
+    if not torch.allclose(ratio, divisors, rtol=1e-4):
+        refuse("rope_freqs.weight is not LLaMA 3.1's frequency scaling")
+    return scaling
+
+
+# ---------------------------------------------------------------------------- tokenizer
+
+# LLaMA 3's: contractions, words, up to three digits, punctuation, white space.
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CONTROL = 3                   # types of tokens in GGUF
+USER_DEFINED = 4
+
+
+def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    """How text is cut before byte-pair merging, by GGUF's name for it."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    known = {
+        "llama-bpe": [
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ],
+        "smollm": [pre_tokenizers.Digits(individual_digits=True), byte_level],
+        "gpt-2": [byte_level],
+    }
+    if name not in known:
+        refuse(f"unsupported pre-tokenizer {name!r} (supported: {', '.join(known)})")
+    return pre_tokenizers.Sequence(known[name])
+
+
+def read_tokenizer(field: Field) -> Tokenizer:
+    """tokenizer.json from the metadata: byte-level BPE ("gpt2"), or SentencePiece BPE ("llama")."""
+    kind = field("tokenizer.ggml.model")
+    tokens = field("tokenizer.ggml.tokens")
+    if kind == "gpt2":
+        tokenizer = byte_level_tokenizer(field, tokens)
+    elif kind == "llama":
+        tokenizer = sentencepiece_tokenizer(field, tokens)
+    else:
+        refuse(f"unsupported tokenizer {kind!r}")
+    types = field("tokenizer.ggml.token_type")
+    tokenizer.add_special_tokens(added_tokens(tokens, types, CONTROL))
+    tokenizer.add_tokens(added_tokens(tokens, types, USER_DEFINED))
+    if adds_begin(field):
+        number = field("tokenizer.ggml.bos_token_id")
+        begin = tokens[number]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, number)])
+    return tokenizer
+
+
+def byte_level_tokenizer(field: Field, tokens: list[str]) -> Tokenizer:
+    name = field("tokenizer.ggml.pre")                     # early files lack it; nobody can know
+    cut = pre_tokenizer(name)
+    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
+    bpe = models.BPE(numbered(tokens), merges, ignore_merges=name == "llama-bpe")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = cut
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def sentencepiece_tokenizer(field: Field, tokens: list[str]) -> Tokenizer:
+    merges = implied_merges(tokens, field("tokenizer.ggml.scores"))
+    unknown = tokens[field("tokenizer.ggml.unknown_token_id", 0)]
+    bpe = models.BPE(
+        numbered(tokens), merges, unk_token=unknown, byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(bpe)
+    normalizing = [normalizers.Replace(" ", "▁")]
+    decoding = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if field("tokenizer.ggml.add_space_prefix", True):
+        normalizing.insert(0, normalizers.Prepend("▁"))
+        decoding.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(normalizing)
+    tokenizer.decoder = decoders.Sequence(decoding)
+    return tokenizer
+
+
+def numbered(tokens: list[str]) -> dict[str, int]:
+    return {token: i for i, token in enumerate(tokens)}
+
+
+def implied_merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
+    """Any two pieces that make a piece, the best first: GGUF stores no merges of this kind."""
+    vocabulary = numbered(tokens)
+    merges = []
+    for token, i in vocabulary.items():
+        for cut in range(1, len(token)):
+            left, right = token[:cut], token[cut:]
+            if left in vocabulary and right in vocabulary:
+                order = (-scores[i], vocabulary[left], vocabulary[right])
+                merges.append((order, (left, right)))
+    merges.sort(key=lambda merge: merge[0])
+    return [pair for _, pair in merges]
+
+
+def added_tokens(tokens: list[str], types: list[int], wanted: int) -> list[AddedToken]:
+    return [
+        AddedToken(token, special=wanted == CONTROL, normalized=False)
+        for token, found in zip(tokens, types)
+        if found == wanted
+    ]
+
+
+def adds_begin(field: Field) -> bool:
+    """If the file does not say, SentencePiece vocabularies and LLaMA 3's begin with BOS."""
+    is_sentencepiece = field("tokenizer.ggml.model") == "llama"
+    is_llama3 = field("tokenizer.ggml.pre", "") == "llama-bpe"
+    return field("tokenizer.ggml.add_bos_token", is_sentencepiece or is_llama3)
+
+
+# ---------------------------------------------------------------------------- weights
+
+# GGUF's names of what a layer has, and Hugging Face's.
+NAMES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 
 
 def hugging_face_name(name: str) -> str:
+    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
     if name in OUTER:
         return OUTER[name]
     block, number, kind, suffix = (name.split(".") + [""] * 4)[:4]
     if block != "blk" or kind not in NAMES or suffix != "weight":
-        refuse(f"unexpected tensor {name}: not a plain LLaMA (biases, experts and fused projections are not supported)")
+        refuse(f"unexpected tensor {name}: not a plain LLaMA (biases, experts and fused "
+               "projections are not supported)")
     return f"model.layers.{number}.{NAMES[kind]}.weight"
 
 
-def read_config(field, tensors) -> dict:
-    """config.json from the metadata; llama3 RoPE scaling is stored as a tensor of divisors, and recognised."""
-    if "token_embd.weight" not in tensors:
-        refuse("there are no weights in this file")
-    heads, dim = field("llama.attention.head_count"), field("llama.embedding_length")
-    config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": dim,
-        "intermediate_size": field("llama.feed_forward_length"), "num_hidden_layers": field("llama.block_count"),
-        "num_attention_heads": heads, "num_key_value_heads": field("llama.attention.head_count_kv", heads),
-        "head_dim": field("llama.attention.key_length", dim // heads),
-        "max_position_embeddings": field("llama.context_length"), "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": field("llama.rope.freq_base", 10000.0), "rope_scaling": None,
-        "vocab_size": int(tensors["token_embd.weight"].shape[1]), "tie_word_embeddings": "output.weight" not in tensors,
-        "attention_bias": False, "mlp_bias": False,
-        "bos_token_id": field("tokenizer.ggml.bos_token_id", None), "eos_token_id": field("tokenizer.ggml.eos_token_id", None)}
-    if field("llama.rope.dimension_count", config["head_dim"]) != config["head_dim"]:
-        refuse("rotating only a part of each head is not supported")
-    if field("llama.rope.scaling.type", "none") != "none":
-        refuse(f"unsupported RoPE scaling {field('llama.rope.scaling.type')!r}")
-    if "rope_freqs.weight" in tensors:
-        divisors = torch.tensor(tensors["rope_freqs.weight"].data)
-        config["rope_scaling"] = {"rope_type": "llama3", "factor": float(divisors.max()), "low_freq_factor": 1.0,
-                                  "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-        known = {key: config[key] for key in Config.__dataclass_fields__}
-        ratio = inverse_frequencies(Config(**known | {"rope_scaling": None})) / inverse_frequencies(Config(**known))
-        if not torch.allclose(ratio, divisors, rtol=1e-4):
-            refuse("rope_freqs.weight is not LLaMA 3.1's frequency scaling")
-    return config
+def read_weight(tensor, config: dict, dequantize: Callable, dtype: torch.dtype) -> torch.Tensor:
+    """Dequantised.
+
+    GGUF stores the rows of q and k for interleaved RoPE, which pairs dimensions 2i and 2i+1 of a
+    head; here they come in Hugging Face's order, which pairs i and i + head_dim/2.
+    """
+    weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+    heads = None
+    if "attn_q." in tensor.name:
+        heads = config["num_attention_heads"]
+    elif "attn_k." in tensor.name:
+        heads = config["num_key_value_heads"]
+    if heads is not None:
+        pairs = weight.unflatten(0, (heads, config["head_dim"] // 2, 2))
+        weight = pairs.transpose(1, 2).flatten(0, 2)
+    return weight.to(dtype).contiguous()
 
 
-def read_tokenizer(field) -> Tokenizer:
-    """tokenizer.json from the metadata: byte-level BPE ("gpt2"), or SentencePiece BPE ("llama")."""
-    kind, tokens, types = field("tokenizer.ggml.model"), field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    if kind == "gpt2":
-        pre = field("tokenizer.ggml.pre")                      # early files lack it, and then nobody can know
-        if pre not in PRE_TOKENIZERS:
-            refuse(f"unsupported pre-tokenizer {pre!r} (supported: {', '.join(PRE_TOKENIZERS)})")
-        merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(PRE_TOKENIZERS[pre]())
-        tokenizer.decoder = decoders.ByteLevel()
-    elif kind == "llama":                                      # merges are implied: any two pieces that make a piece
-        scores = field("tokenizer.ggml.scores")
-        merges = [(scores[i], (token[:cut], token[cut:])) for token, i in vocabulary.items() for cut in range(1, len(token))
-                  if token[:cut] in vocabulary and token[cut:] in vocabulary]
-        merges = [pair for _, pair in sorted(merges, key=lambda m: (-m[0], vocabulary[m[1][0]], vocabulary[m[1][1]]))]
-        tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=tokens[field("tokenizer.ggml.unknown_token_id", 0)],
-                                         byte_fallback=True, fuse_unk=True))
-        prefix = [normalizers.Prepend("▁")] if field("tokenizer.ggml.add_space_prefix", True) else []
-        tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                               *[decoders.Strip(" ", 1, 0) for _ in prefix]])
-    else:
-        refuse(f"unsupported tokenizer {kind!r}")
-    for which in (CONTROL, USER_DEFINED):
-        added = [AddedToken(t, special=which == CONTROL, normalized=False) for t, type_ in zip(tokens, types) if type_ == which]
-        (tokenizer.add_special_tokens if which == CONTROL else tokenizer.add_tokens)(added)
-    if adds_begin(field):
-        begin = tokens[field("tokenizer.ggml.bos_token_id")]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{begin} $A", special_tokens=[(begin, vocabulary[begin])])
-    return tokenizer
-
-
-def adds_begin(field) -> bool:
-    """If the file does not say, SentencePiece vocabularies and LLaMA 3's begin with the BOS token."""
-    implied = field("tokenizer.ggml.model") == "llama" or field("tokenizer.ggml.pre", "") == "llama-bpe"
-    return field("tokenizer.ggml.add_bos_token", implied)
-
-
-def weight(tensor, config: dict, dequantize, dtype) -> torch.Tensor:
-    """Dequantised; rows of q and k, which GGUF stores for interleaved RoPE, in Hugging Face's half-and-half order."""
-    w = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-    for kind, heads in (("attn_q.", "num_attention_heads"), ("attn_k.", "num_key_value_heads")):
-        if kind in tensor.name:
-            w = w.unflatten(0, (config[heads], config["head_dim"] // 2, 2)).transpose(1, 2).flatten(0, 2)
-    return w.to(dtype).contiguous()
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("gguf", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    args = parser.parse_args()
-    try:
-        import gguf
-    except ImportError:
-        refuse("this tool needs the gguf package: pip install gguf")
-    if args.out.exists():
-        refuse(f"{args.out} exists already")
-    try:
-        reader = gguf.GGUFReader(args.gguf)
-    except (OSError, ValueError, LookupError) as error:
-        refuse(f"{args.gguf} cannot be read as GGUF: {error}")
-
-    def field(name, *default):
-        if name not in reader.fields and not default:
-            refuse(f"{args.gguf} has no field {name}")
-        return reader.fields[name].contents() if name in reader.fields else default[0]
-
-    if field("general.architecture") != "llama":
-        refuse(f"the architecture is {field('general.architecture')!r}, not 'llama'")
-    tensors = {t.name: t for t in reader.tensors}
-    config = read_config(field, tensors) | {"dtype": args.dtype}
-    tokenizer, tokens = read_tokenizer(field), field("tokenizer.ggml.tokens")
-    names = {name: hugging_face_name(name) for name in tensors if name != "rope_freqs.weight"}
-    dtype = getattr(torch, args.dtype)
-
-    shards, room = [[]], SHARD_BYTES
+def shards_of(tensors: dict, names: list[str], dtype: torch.dtype) -> list[list[str]]:
+    """The names, divided into files of at most SHARD_BYTES, or of one tensor if that is larger."""
+    shards = [[]]
+    room = SHARD_BYTES
     for name in names:
         size = int(tensors[name].n_elements) * dtype.itemsize
         if room < size and shards[-1]:
@@ -168,40 +273,138 @@ def main():
             room = SHARD_BYTES
         shards[-1].append(name)
         room -= size
+    return shards
 
+
+def shard_file(number: int, shards: int) -> str:
+    if shards == 1:
+        return "model.safetensors"
+    return f"model-{number:05d}-of-{shards:05d}.safetensors"
+
+
+def write_weights(folder: Path, names: dict[str, str], tensors: dict, dtype, read: Callable):
+    """All files of weights, and the index of several. names: GGUF's to Hugging Face's.
+
+    read(tensor): its weight.
+    """
+    shards = shards_of(tensors, list(names), dtype)
+    files = {}                                             # by Hugging Face's name
+    for number, shard in enumerate(shards, 1):
+        file = shard_file(number, len(shards))
+        weights = {}
+        for name in shard:
+            files[names[name]] = file
+            show_progress(len(files), len(names), name)
+            weights[names[name]] = read(tensors[name])
+        save_file(weights, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {}, "weight_map": files}
+        write_json(folder / "model.safetensors.index.json", index)
+
+
+def show_progress(done: int, total: int, name: str):
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} {name:40s}", end="", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------------------- the folder
+
+def write_json(path: Path, value: dict):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def generation_config(field: Field) -> dict:
     stop = [field(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot")]
-    special = {f"{name}_token": tokens[config[f"{name}_token_id"]] for name in ("bos", "eos")
-               if config[f"{name}_token_id"] is not None}
+    return {"eos_token_id": sorted({i for i in stop if i is not None})}
+
+
+def tokenizer_config(field: Field, config: dict) -> dict:
+    tokens = field("tokenizer.ggml.tokens")
+    found = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_begin(field)}
+    for name in ("bos", "eos"):
+        number = config[f"{name}_token_id"]
+        if number is not None:
+            found[f"{name}_token"] = tokens[number]
     template = field("tokenizer.chat_template", None)
-    json_files = {
-        "config.json": config, "generation_config.json": {"eos_token_id": sorted({i for i in stop if i is not None})},
-        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": adds_begin(field), **special,
-                                  **({"chat_template": template} if template else {})}}
-    building = args.out.with_name(args.out.name + ".partial")
+    if template:
+        found["chat_template"] = template
+    return found
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("gguf", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
+    return parser.parse_args()
+
+
+def build_folder(out: Path, fill: Callable):
+    """Make a folder beside ``out``, let fill(folder) write into it, and give it its name.
+
+    If that fails, nothing is left.
+    """
+    building = out.with_name(out.name + ".partial")
     shutil.rmtree(building, ignore_errors=True)
     try:
         building.mkdir(parents=True)
-        weight_map, done = {}, 0
-        for i, shard in enumerate(shards, 1):
-            file, weights = "model.safetensors", {}
-            if len(shards) > 1:
-                file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-                json_files["model.safetensors.index.json"] = {"metadata": {}, "weight_map": weight_map}
-            for name in shard:
-                done += 1
-                if sys.stderr.isatty():
-                    print(f"\r{done}/{len(names)} {name:40s}", end="", file=sys.stderr, flush=True)
-                weights[names[name]] = weight(tensors[name], config, gguf.dequantize, dtype)
-                weight_map[names[name]] = file
-            save_file(weights, building / file, metadata={"format": "pt"})
-        for file, value in json_files.items():
-            (building / file).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        tokenizer.save(str(building / "tokenizer.json"))
-        building.rename(args.out)
-    except (NotImplementedError, OSError, RuntimeError, SafetensorError, ValueError) as error:
-        refuse(f"{args.gguf} cannot be converted: {error}")
+        fill(building)
+        building.rename(out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def open_reader(gguf, path: Path):
+    try:
+        return gguf.GGUFReader(path)
+    except (OSError, ValueError, LookupError) as error:
+        refuse(f"{path} cannot be read as GGUF: {error}")
+
+
+def main():
+    args = arguments()
+    try:
+        import gguf
+    except ImportError:
+        refuse("this tool needs the gguf package: pip install gguf")
+    if args.out.exists():
+        refuse(f"{args.out} exists already")
+    reader = open_reader(gguf, args.gguf)
+
+    def field(name: str, *default):
+        if name in reader.fields:
+            return reader.fields[name].contents()
+        if not default:
+            refuse(f"{args.gguf} has no field {name}")
+        return default[0]
+
+    architecture = field("general.architecture")
+    if architecture != "llama":
+        refuse(f"the architecture is {architecture!r}, not 'llama'")
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = read_config(field, tensors) | {"dtype": args.dtype}
+    tokenizer = read_tokenizer(field)
+    names = {name: hugging_face_name(name) for name in tensors if name != "rope_freqs.weight"}
+    json_files = {
+        "config.json": config,
+        "generation_config.json": generation_config(field),
+        "tokenizer_config.json": tokenizer_config(field, config),
+    }
+    dtype = getattr(torch, args.dtype)
+
+    def read(tensor) -> torch.Tensor:
+        return read_weight(tensor, config, gguf.dequantize, dtype)
+
+    def fill(folder: Path):
+        write_weights(folder, names, tensors, dtype, read)
+        for file, value in json_files.items():
+            write_json(folder / file, value)
+        tokenizer.save(str(folder / "tokenizer.json"))
+
+    try:
+        build_folder(args.out, fill)
+    except (NotImplementedError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        refuse(f"{args.gguf} cannot be converted: {error}")
     print(f"\rwrote {args.out}", file=sys.stderr)
 
 

@@ -1,8 +1,22 @@
-"""Checks of problem 4: the same programme in L calls (shared with problem 3), and the layer that its rows go through."""
+"""Checks of problem 4: the same DP in L calls, and the layer that its rows go through."""
 import torch
 
-from checks.common import MarkedCache, Wrong, check, close, equal, marked_model
-from checks.problem3 import doubles, overflow, refuses, same_cosines, same_sets, selected, ties, toy
+from checks.common import PropertyError, check, close, equal
+from checks.doubles import MarkedCache, marked_model
+from checks.problem3 import (
+    Counted,
+    doubles,
+    named,
+    overflow,
+    refuses,
+    same_cosines,
+    same_sets,
+    selected,
+    ties,
+    toy,
+)
+
+# ---------------------------------------------------------------------------- select_layers
 
 
 @check(4, "The sets it chooses")
@@ -27,52 +41,75 @@ def calls():
     from dp_skip import select_layers
     for layers, budget in ((1, 1), (2, 1), (3, 1), (3, 3), (6, 2)):
         layer, states = toy(layers, 0)
-        asked = []
+        counted = Counted(layer)
         with doubles():
-            select_layers(lambda i, rows: asked.append((i, tuple(rows.shape))) or layer(i, rows), states, budget)
-        expected = [(i, (min(i, budget), 4)) for i in range(1, layers)]
-        equal(asked, expected, "Each layer is called once, on all candidates j >= 1 packed as rows, M at most (j = 0 is the true "
-              "state and needs no call; before layer 0 there is no other)", f"L = {layers}, M = {budget}, calls (layer, shape of the rows)")
+            select_layers(counted, states, budget)
+        equal(counted.calls, [(i, (min(i, budget), 4)) for i in range(1, layers)],
+              "Each layer is called once, on all candidates j >= 1 packed as rows, M at most "
+              "(j = 0 is the true state and needs no call; before layer 0 there is no other)",
+              f"L = {layers}, M = {budget}, calls (layer, shape of the rows)")
 
 
 @check(1, "One budget only")
 def smallest():
     from dp_skip import select_layers
-    for layers, budget, least in ((2, 1, 1), (3, 2, 1), (3, 2, 2), (6, 4, 4), (6, 4, 2), (4, 4, 4)):
-        example = f"L = {layers}, M = {budget}, smallest = {least}, layer, states = toy({layers}, 0) of checks/problem3.py"
+    for layers, budget, least in (
+        (2, 1, 1), (3, 2, 1), (3, 2, 2), (6, 4, 4), (6, 4, 2), (4, 4, 4),
+    ):
+        example = named(layers, budget, rest=f", smallest = {least}")
         layer, states = toy(layers, 0)
-        ran = []
+        counted = Counted(layer)
         with doubles():
             every = selected(select_layers, layer, states, budget, example)
-            some = selected(select_layers, lambda i, rows: ran.append(len(rows)) or layer(i, rows), states, budget, example, least)
-        equal(some.skip_sets, every.skip_sets[least:], "smallest changes which sets are found, and not what they are", f"{example}, choices")
-        close(torch.tensor(some.cosines), every.cosines[least:], "smallest changes which cosines are found, and not what they are", example, ("set",))
-        needed = sum(1 for i in range(2, layers + 1) for j in range(max(1, least - layers + i), min(i - 1, budget) + 1))
-        equal(sum(ran), needed, "With smallest only cells with j >= smallest - (L - i) are computed: from the others too "
-              "few layers follow", f"{example}, rows run in all")
+            some = selected(select_layers, counted, states, budget, example, least)
+        equal(some.skip_sets, every.skip_sets[least:],
+              "smallest changes which sets are found, and not what they are", f"{example}, choices")
+        close(torch.tensor(some.cosines), every.cosines[least:],
+              "smallest changes which cosines are found, and not what they are", example, ("set",))
+        rows = sum(shape[0] for _, shape in counted.calls)
+        equal(rows, cells_needed(layers, budget, least),
+              "With smallest only cells with j >= smallest - (L - i) are computed: from the others "
+              "too few layers follow", f"{example}, rows run in all")
+
+
+def cells_needed(layers: int, budget: int, least: int) -> int:
+    """Cells that have a choice and can lead to a budget of ``least`` or more."""
+    count = 0
+    for i in range(2, layers + 1):
+        for j in range(1, min(i - 1, budget) + 1):
+            if j + (layers - i) >= least:
+                count += 1
+    return count
+
+
+# ---------------------------------------------------------------------------- candidate_layer
+
+CASES = ((1, 1, 1), (3, 1, 1), (1, 2, 2), (3, 2, 2), (3, 3, 2))    # see ``candidates``
 
 
 def candidates(length: int, rows: int, given: int, layers=(1,)):
-    """What candidate_layer gives marked layers for ``given`` rows of the ``rows`` announced, over ``length`` cached tokens."""
-    from speculative import candidate_layer
-    calls, cache = [], MarkedCache(length)
-    llama = marked_model(calls)
-    layer = candidate_layer(llama, cache, rows)
+    """What candidate_layer gives marked layers for ``given`` of the ``rows`` announced.
+
+    ``length`` tokens are cached. Returns the layers' calls and the cache.
+    """
+    calls = []
+    cache = MarkedCache(length)
+    layer = marked_model(calls).candidate_layer(cache, rows)
     x = torch.zeros(given, 8)
-    x[:, 0] = 100. + torch.arange(given)
+    x[:, 0] = 100.0 + torch.arange(given)
     for i in layers:
         got = layer(i, x)
-        close(got[:, 0], x[:, 0] + 2. ** i, "layer(i, candidates) is decoder layer i on them: (m, dim) -> (m, dim)",
-              f"cache.length {length}, candidates marked {marks(given)}, layer {i} adding 2^{i}", ("candidate",))
-        equal(tuple(got.shape), (given, 8), "layer(i, candidates) returns (m, dim)", f"{given} candidates, layer {i}: shape")
+        close(got[:, 0], x[:, 0] + 2.0 ** i,
+              "layer(i, candidates) is decoder layer i on them: (m, dim) -> (m, dim)",
+              f"{case(length, given)}, layer {i} adding 2^{i}", ("candidate",))
+        equal(tuple(got.shape), (given, 8),
+              "layer(i, candidates) returns (m, dim)", f"{given} candidates, layer {i}: shape")
     return calls, cache
 
 
-def marks(given: int) -> str:
-    return " and ".join(str(100 + r) for r in range(given))
-
-
-CASES = ((1, 1, 1), (3, 1, 1), (1, 2, 2), (3, 2, 2), (3, 3, 2))
+def case(length: int, given: int) -> str:
+    marks = " and ".join(str(100 + r) for r in range(given))
+    return f"cache.length {length}, candidates marked {marks}"
 
 
 @check(4, "What a candidate sees")
@@ -80,34 +117,43 @@ def sees():
     for length, rows, given in CASES:
         calls, _ = candidates(length, rows, given)
         for r in range(given):
-            example = (f"cache.length {length} (so p = {length - 1}), candidates marked {marks(given)}, old slots by their number: marks "
-                       f"of the slots that candidate {r} sees")
-            expected, got = [float(s) for s in range(length - 1)] + [100. + r], sorted(calls[0].sees[r])
-            others = [mark for mark in got if mark >= 100 and mark != 100 + r]
+            example = (f"{case(length, given)}, p = {length - 1}, old slots marked by their "
+                       f"number: marks of the slots that candidate {r} sees")
+            got = sorted(calls[0].sees[r])
+            its_mark = 100.0 + r
+            others = [mark for mark in got if mark >= 100 and mark != its_mark]
             if others:
-                raise Wrong("A candidate must not see another: each stands for the same token in another draft model",
-                            f"{example}: it sees candidate {others[0] - 100:g}")
-            equal(got, expected, "A candidate sees the true keys and values of the positions before p, not those at p, and its own",
-                  example)
+                raise PropertyError(
+                    "A candidate must not see another: each stands for the same token in another "
+                    "draft model", f"{example}: it sees candidate {others[0] - 100:g}")
+            equal(got, [*map(float, range(length - 1)), its_mark],
+                  "A candidate sees the true keys and values of the positions before p, not those "
+                  "at p, and its own", example)
 
 
 @check(3, "The cache's valid part")
 def valid_part():
     for length, rows, given in CASES:
         _, cache = candidates(length, rows, given, layers=(1, 2))
-        equal(cache.length, length, "candidate_layer leaves cache.length as it was", f"cache.length {length}, {given} candidates: cache.length after")
+        example = case(length, given)
+        equal(cache.length, length,
+              "candidate_layer leaves cache.length as it was", f"{example}: cache.length after")
         for i in (1, 2):
             for slot in range(length):
-                equal(cache.slots[i][slot], float(slot), "The DP must not overwrite the true keys and values: candidates write "
-                      "behind the valid slots", f"cache.length {length}, candidates marked {marks(given)}: mark in slot {slot} "
-                      f"of layer {i}")
-            equal(sorted(cache.slots[i])[length:], list(range(length, length + given)), "Candidates use the slots from cache.length on, one each",
-                  f"cache.length {length}, {given} candidates: slots written behind the valid ones, in layer {i}")
+                equal(cache.slots[i][slot], float(slot),
+                      "The DP must not overwrite the true keys and values: candidates write behind "
+                      "the valid slots", f"{example}: mark in slot {slot} of layer {i}")
+            behind = sorted(cache.slots[i])[length:]
+            equal(behind, list(range(length, length + given)),
+                  "Candidates use the slots from cache.length on, one each",
+                  f"{example}: slots written behind the valid ones, in layer {i}")
 
 
 @check(2, "The candidates' position")
 def position():
     for length, rows, given in CASES:
         calls, _ = candidates(length, rows, given)
-        equal(calls[0].positions, [float(length - 1)] * given, "All candidates stand at the position of the last cached token, "
-              "p = cache.length - 1, wherever their slots are", f"cache.length {length}, {given} candidates: positions")
+        equal(calls[0].positions, [float(length - 1)] * given,
+              "All candidates stand at the position of the last cached token, "
+              "p = cache.length - 1, wherever their slots are",
+              f"{case(length, given)}: positions")

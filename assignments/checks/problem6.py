@@ -1,345 +1,719 @@
-"""Checks of problem 6. The model is a double whose cache holds token ids, and acceptance is by a script.
+"""Checks of problem 6: a draft, the loop with a scripted drafter, and CLaSp's drafter by itself.
 
-The double's logits are a fixed random function of the tokens before, read from the cache, and of the skip set. So a
-roll-back that is off by one, a wrong position or a token never fed changes what is written, with nothing of problems
-1 to 5 in use; and whatever the scripted acceptance says, the loop has to write.
+The model is a double whose cache holds token ids (``token_model`` of doubles.py), so a roll-back
+that is off by one, a wrong position or a token never fed changes what is written. In the loop,
+drafts and acceptance follow a script: whatever the script says, the loop has to write. CLaSp's
+drafter is asked and told by the checks in the loop's place, over a DP that notes its calls.
 """
 import contextlib
-import functools
 import random
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch import Tensor
 
-from checks.common import Wrong, check, close, config, equal, marked_rope, parts, show
-
-VOCABULARY, LAYERS = 7, 4
-
-
-@functools.lru_cache(maxsize=100_000)
-def state(history: tuple[int, ...], skip: frozenset = frozenset(), layer: int = LAYERS) -> tuple[float, ...]:
-    """Hidden state h_layer after these tokens. The last one is the logits."""
-    chance = random.Random(f"{history} {sorted(skip)} {layer}")
-    return tuple(chance.gauss(0, 1) for _ in range(VOCABULARY))
-
-
-def double():
-    """A Llama in all but what it computes, and ``passes``: (start, tokens, skip, slots, what the cache held before)."""
-    import model
-
-    class Double(model.Llama):
-        def forward(self, tokens, cache=None, skip=(), slots=None):
-            start, rows, held = cache.length, tokens[0].tolist(), cache.keys[0][0, 0, :, 0]
-            if start + len(rows) > len(held):
-                raise Wrong("No pass goes past the cache's last slot", f"{len(rows)} rows from slot {start} on, {len(held)} slots")
-            self.passes.append(SimpleNamespace(start=start, rows=rows, skip=frozenset(skip), slots=slots, before=held[:start].int().tolist()))
-            for r, token in enumerate(rows):
-                held[start + r] = token
-            cache.length = start + len(rows)
-            ids = held.int().tolist()
-            seen = [tuple(ids[:min(start + r + 1, slots or start + r + 1)]) for r in range(len(rows))]
-            return [torch.tensor([[state(history, frozenset(skip), i) for history in seen]]) for i in range(LAYERS + 1)]
-
-        def logits(self, state):
-            return state
-
-    with marked_rope():
-        llama = Double(config(vocab_size=VOCABULARY))
-    llama.passes = []
-    return llama
+from checks.common import PropertyError, check, close, equal, show
+from checks.doubles import (
+    LAYERS,
+    VOCABULARY,
+    best,
+    cache_of,
+    state,
+    states_of,
+    token_model,
+)
 
 
-def cache_of(llama, tokens=(), slots=60, rows=16):
-    import model
-    with marked_rope():
-        cache = model.KVCache(llama, slots, rows)
-    cache.keys[0][0, 0, :len(tokens), 0] = torch.tensor(tokens, dtype=torch.float32)
-    cache.length = len(tokens)
-    return cache
+def text_of(tokens: list[int], left: int = 20, **settings):
+    """A text over the token model, whose cache holds all tokens but the pending one."""
+    import speculative
+    llama = token_model()
+    fields = {
+        "width": None,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "rng": torch.Generator().manual_seed(0),
+        "stop": (),
+        "stats": speculative.Stats(),
+    }
+    return speculative.Text(
+        model=llama,
+        cache=cache_of(llama, tokens[:-1]),
+        tokens=list(tokens),
+        end=len(tokens) + left,
+        **fields | settings)
 
 
-def states_of(tokens: list[int]) -> torch.Tensor:
-    """h_0 .. h_L of the last of these tokens, (L+1, dim), by all layers."""
-    return torch.tensor([state(tuple(tokens), frozenset(), i) for i in range(LAYERS + 1)])
+def require_draft(got, function: str, example: str):
+    import speculative
+    if not isinstance(got, speculative.Draft):
+        raise PropertyError(
+            f"{function} returns a Draft(tokens, distributions)", f"{example}: got {show(got)}")
+    equal(len(got.distributions), len(got.tokens),
+          "A draft has a distribution, or None, for each of its tokens",
+          f"{example}, number of distributions")
 
 
-def best(history, skip=frozenset()) -> int:
-    logits = state(tuple(history), frozenset(skip))
-    return logits.index(max(logits))
+# ---------------------------------------------------------------------------- a draft
 
+def run_draft(tokens, skip, most: int, *, threshold=None, choose=None, stop=()):
+    """The student's draft_by_skipping: what it returned, and what it did.
 
-# ---------------------------------------------------------------------------- draft
-
-def greedy(logits):
-    return logits.argmax(), None
-
-
-def expected_draft(text: list[int], skip, length: int) -> list[int]:
-    tokens = []
-    for _ in range(length):
-        tokens.append(best([*text, *tokens], skip))
-    return tokens
-
-
-def run_draft(text: list[int], skip, length: int, *, threshold=0., choose=greedy, stop=()):
-    """The student's draft on a double whose cache holds ``text`` but for its last token; ``asked``: what go_on was given."""
-    from speculative import draft
-    llama, asked = double(), []
+    threshold: of a go_on that wants such a confidence. ``asked``: what go_on was given.
+    """
+    from speculative import draft_by_skipping
+    text = text_of(tokens, stop=stop)
+    if choose is not None:
+        text.choose = choose
+    asked = []
 
     def go_on(confidence):
         asked.append(float(confidence))
         return asked[-1] >= threshold
 
-    cache = cache_of(llama, text[:-1])
-    example = (f"cache holds {text[:-1]}, token {text[-1]}, skip = {show(frozenset(skip))}, length {length}"
-               + f", a go_on that wants {threshold:.4f}" * (threshold > 0))
-    tokens, q = parts(draft(llama, cache, text[-1], frozenset(skip), length, go_on, choose, stop), "draft",
-                      "drafted tokens, their distributions", example)
-    return SimpleNamespace(tokens=tokens, q=q, passes=llama.passes, length=cache.length, asked=asked, example=example)
+    example = (f"cache holds {tokens[:-1]}, pending token {tokens[-1]}, "
+               f"skip = {show(frozenset(skip))}, most = {most}")
+    if threshold is not None:
+        example += f", a go_on that wants {threshold:.4f}"
+    draft = draft_by_skipping(
+        text, frozenset(skip), most, None if threshold is None else go_on)
+    require_draft(draft, "draft_by_skipping", example)
+    equal(text.tokens, tokens,
+          "A draft is proposed, not written: text.tokens stays", f"{example}, text.tokens after")
+    return SimpleNamespace(
+        tokens=draft.tokens, q=draft.distributions, passes=text.model.passes, asked=asked,
+        example=example)
 
 
-@check(2, "The draft")
+def expected_draft(tokens: list[int], skip, most: int) -> list[int]:
+    drafted = []
+    for _ in range(most):
+        drafted.append(best([*tokens, *drafted], skip))
+    return drafted
+
+
+@check(2, "A draft")
 def drafts():
-    for text, skip, length in (([3], {1}, 1), ([3], {1}, 2), ([3, 4], {0, 2}, 3), ([3, 4, 5], set(), 4), ([3, 4], {1}, 0)):
-        ran = run_draft(text, skip, length)
+    for tokens, skip, most in (
+        ([3], {1}, 1), ([3], {1}, 2), ([3, 4], {0, 2}, 3), ([3, 4, 5], set(), 4), ([3, 4], {1}, 0),
+    ):
+        ran = run_draft(tokens, skip, most)
         for one in ran.passes:
-            equal((len(one.rows), one.skip), (1, frozenset(skip)), "A draft step is one row through the layers not in skip",
+            equal((len(one.rows), one.skip), (1, frozenset(skip)),
+                  "A draft step is one row through the layers not in skip",
                   f"{ran.example}, (rows, skip) of a pass")
-        equal(ran.tokens, expected_draft(text, skip, length), "Each drafted token is the draft model's choice after the token given and those "
+        equal(ran.tokens, expected_draft(tokens, skip, most),
+              "Each drafted token is the draft model's choice after the pending token and those "
               "drafted before it", f"{ran.example}, tokens")
-        equal(len(ran.q), length, "draft returns what choose says of each token's distribution", f"{ran.example}, number of distributions")
-        equal(ran.length, len(text) - 1, "draft puts cache.length back, so that the verifier starts over from there",
-              f"{ran.example}, cache.length after")
-    marks = iter(torch.tensor([[1.], [2.], [3.]]))
-    ran = run_draft([3, 4], {1}, 3, choose=lambda logits: (torch.tensor(5), next(marks)))
-    equal((ran.tokens, [float(x) for x in ran.q]), ([5, 5, 5], [1., 2., 3.]), "draft takes each token and its distribution q from "
-          "choose(logits)", "a choose that says token 5 and distributions marked 1, 2, 3")
+
+    marks = iter(torch.tensor([[1.0], [2.0], [3.0]]))
+
+    def choose(logits):
+        return torch.tensor(5), next(marks)
+
+    ran = run_draft([3, 4], {1}, 3, choose=choose)
+    q = [mark if mark is None else float(mark) for mark in ran.q]
+    equal((ran.tokens, q), ([5, 5, 5], [1.0, 2.0, 3.0]),
+          "A draft takes each token and its distribution q from text.choose(logits)",
+          "a choose that says token 5 and distributions marked 1, 2, 3")
 
 
 @check(3, "Where a draft ends")
 def exits():
-    text, skip = [3, 4], frozenset({1})
-    tokens = expected_draft(text, skip, 4)
-    sure = [torch.tensor(state((*text, *tokens[:i]), skip)).softmax(-1).max().item() for i in range(4)]
-    for threshold in [confidence * factor for confidence in sure for factor in (.999, 1.001)]:
-        kept = next((i + 1 for i, confidence in enumerate(sure) if confidence < threshold), 4)
-        ran = run_draft(text, skip, 4, threshold=threshold)
+    tokens = [3, 4]
+    skip = frozenset({1})
+    drafted = expected_draft(tokens, skip, 4)
+    sure = []
+    for i in range(4):
+        logits = torch.tensor(state((*tokens, *drafted[:i]), skip))
+        sure.append(logits.softmax(-1).max().item())
+    given = f"top probabilities {show([round(confidence, 4) for confidence in sure])}"
+
+    for threshold in [confidence * factor for confidence in sure for factor in (0.999, 1.001)]:
+        unsure = [i for i, confidence in enumerate(sure) if confidence < threshold]
+        kept = unsure[0] + 1 if unsure else 4
+        ran = run_draft(tokens, skip, 4, threshold=threshold)
         asked = ran.asked[:len(sure)]
-        close(torch.tensor(asked), sure[:len(asked)], "go_on is asked once at each token drawn, about the draft model's top probability there",
-              f"top probabilities {show([round(c, 4) for c in sure])}", ("token",))
-        equal(ran.tokens, tokens[:kept], "A draft ends *after* the first token at which go_on(top probability) is false, and keeps that token",
-              f"a go_on that wants {threshold:.4f}, top probabilities {show([round(c, 4) for c in sure])}, tokens")
-    threshold = sure[0] * .999
-    asked = run_draft(text, skip, 4, threshold=threshold, choose=lambda logits: (logits.argmin(), None)).asked
-    close(torch.tensor(asked[:1]), sure[:1], "The confidence is the top probability, not that of the token drawn",
+        close(torch.tensor(asked), sure[:len(asked)],
+              "go_on is asked once at each token drawn, about the draft model's top probability "
+              "there", given, ("token",))
+        equal(ran.tokens, drafted[:kept],
+              "A draft ends *after* the first token at which go_on(top probability) is false, and "
+              "keeps that token", f"a go_on that wants {threshold:.4f}, {given}, tokens")
+
+    def unlikely(logits):
+        return logits.argmin(), None
+
+    asked = run_draft(tokens, skip, 4, threshold=sure[0] * 0.999, choose=unlikely).asked
+    close(torch.tensor(asked[:1]), sure[:1],
+          "The confidence is the top probability, not that of the token drawn",
           f"top probability {sure[0]:.4f}, an unlikely token drawn: what go_on was asked", (None,))
-    equal(run_draft(text, skip, 4, stop={tokens[1]}).tokens, tokens[:tokens.index(tokens[1]) + 1], "A draft ends after a token in stop",
-          f"stop {{{tokens[1]}}}, tokens")
+    end = drafted.index(drafted[1]) + 1
+    equal(run_draft(tokens, skip, 4, stop={drafted[1]}).tokens, drafted[:end],
+          "A draft ends after a token in text.stop", f"stop {{{drafted[1]}}}, tokens")
 
 
-# ---------------------------------------------------------------------------- clasp
+# ---------------------------------------------------------------------------- room for a draft
 
-def play(prompt, count, script, *, drafts=None, **settings):
-    """Run the student's clasp with scripted acceptance: ``script`` says how many of each draft are accepted.
+def ask(length: int, left: int, *, width: int | None = None, extra: int = 0):
+    """The student's propose, with a drafter that drafts as much as it may, and ``extra`` tokens.
 
-    Returns what happened: tokens, cache.length at each yield, drafts asked for, verify passes, optimisations, Stats.
+    length: tokens in the cache. left: tokens still to write. The draft moves cache.length.
     """
     import speculative
-    from dp_skip import Selection
-    llama, chance = double(), random.Random(1)
-    seen = SimpleNamespace(tokens=[], lengths=[], asked=[], optimized=[], judged=[], expected=[], stats=speculative.Stats())
+    text = text_of([i % VOCABULARY for i in range(length + 1)], left, width=width)
+    seen = SimpleNamespace(most=0, draft=None, text=text)
+
+    class Greedy(speculative.Drafter):
+        def propose(self, text, most):
+            seen.most = most
+            tokens = [1] * (most + extra)
+            text.cache.length += len(tokens)
+            seen.draft = speculative.Draft(tokens, [None] * len(tokens))
+            return seen.draft
+
+    seen.got = speculative.checked_draft(Greedy(), text)
+    return seen
+
+
+@check(2, "Room for a draft")
+def room():
+    import speculative
+    for length, left in ((0, 1), (3, 2), (3, 9)):
+        seen = ask(length, left)
+        example = f"{length} tokens in the cache, {left} still to write"
+        equal(seen.most, left - 1,
+              "A draft is at most one token shorter than what is left to write, since the verifier "
+              "adds one of its own", f"{example}: most")
+        equal(seen.text.cache.length, length,
+              "After a draft the cache is as before: what the draft left there is scratch",
+              f"{example}: cache.length")
+        if seen.draft is not None and seen.got != seen.draft:
+            raise PropertyError("propose returns the drafter's draft as it is", example)
+    for length, width in ((3, 2), (3, 5), (0, 1)):
+        equal(ask(length, 9, width=width).most, width - 1,
+              "With a width the pending token and the draft fill one pass at most",
+              f"{length} tokens in the cache, 9 still to write, width {width}: most")
+    with mock.patch("speculative.BLOCK", 8), mock.patch("model.BLOCK", 8):
+        for length in (0, 5, 6, 7, 8, 13):
+            block = length // 8
+            inside = [k for k in range(8) if (length + k) // 8 == block]
+            equal(ask(length, 20, width=12).most, max(inside),
+                  "With a width a cycle's tokens, from the pending one's slot on, lie in one block "
+                  "of BLOCK slots",
+                  f"BLOCK = 8, {length} tokens in the cache, 20 still to write, width 12: most")
+    try:
+        ask(3, 4, extra=1)
+    except speculative.SettingsError:
+        return
+    raise PropertyError(
+        "A draft of more tokens than there is room for is refused with a SettingsError (require)",
+        "room for 3 tokens, 4 drafted: nothing was raised")
+
+
+# ---------------------------------------------------------------------------- the loop
+
+K = 3                         # tokens that the scripted drafter proposes, if there is room
+
+
+@dataclass
+class Played:
+    """What happened while the student's decode wrote a text."""
+    stats: object
+    tokens: list = field(default_factory=list)         # as they were yielded
+    lengths: list = field(default_factory=list)        # cache.length at each yield
+    begun: list = field(default_factory=list)          # what begin was given, and when
+    drafts: list = field(default_factory=list)         # of each cycle
+    judged: list = field(default_factory=list)         # what each acceptance was given
+    accepted: list = field(default_factory=list)       # what the script said
+    expected: list = field(default_factory=list)       # the text that follows from the script
+    observed: list = field(default_factory=list)       # what observe was given, and when
+    verified: list = field(default_factory=list)       # passes of the model but the prefill
+
+
+def scripted_drafter(played: Played, chance: random.Random):
+    """A drafter that proposes tokens at random, and notes what it is told."""
+    import speculative
+
+    class Scripted(speculative.Drafter):
+        def begin(self, text, hidden):
+            played.begun.append(SimpleNamespace(
+                length=text.cache.length, hidden=hidden, cycles=len(played.drafts)))
+
+        def propose(self, text, most):
+            tokens = [chance.randrange(VOCABULARY) for _ in range(min(most, K))]
+            start = text.cache.length
+            for slots in text.cache.keys + text.cache.values:  # what a draft leaves is scratch
+                slots[:, :, start:start + K] = 6.0
+            text.cache.length += len(tokens)
+            marks = [torch.full((VOCABULARY,), float(token)) for token in tokens]
+            played.drafts.append(speculative.Draft(tokens, marks))
+            return played.drafts[-1]
+
+        def observe(self, text, outcome):
+            if not isinstance(outcome, speculative.Outcome):
+                raise PropertyError(
+                    "The drafter is told an Outcome", f"observe got {show(outcome)}")
+            played.observed.append(SimpleNamespace(
+                outcome=outcome,
+                seconds=set(outcome.seconds),
+                length=text.cache.length,
+                written=len(played.tokens),
+                cycles=text.stats.cycles))
+
+    return Scripted()
+
+
+@contextlib.contextmanager
+def scripted(played: Played, count: int, script: list[int], chance: random.Random):
+    """Acceptance by a script, and propose without its checks."""
+    import speculative
     turns = iter(script)
 
     def judge(drafted):
         accepted = min(next(turns, 0), len(drafted))
         token = chance.randrange(VOCABULARY)
-        seen.expected += [*drafted[:accepted], token]
+        played.accepted.append(accepted)
+        played.expected += [*drafted[:accepted], token]
         return accepted, token
 
     def accept_greedy(drafted, logits):
-        seen.judged.append((list(drafted), logits))
+        played.judged.append(SimpleNamespace(drafted=list(drafted), q=None, p=logits))
         return judge(drafted)
 
     def accept_sampled(drafted, q, p, rng):
-        seen.judged.append((list(drafted), list(q), p))
+        played.judged.append(SimpleNamespace(drafted=list(drafted), q=list(q), p=p))
         return judge(drafted)
 
-    def drafter(model, cache, token, skip, length, go_on, choose, stop):
-        seen.asked.append(SimpleNamespace(at=cache.length, token=token, skip=skip, length=length, go_on=go_on, stop=stop))
-        tokens = [chance.randrange(VOCABULARY) for _ in range(min(length, drafts) if drafts is not None else length)]
-        for x in cache.keys + cache.values:                    # what a draft leaves behind is scratch
-            x[:, :, cache.length:cache.length + length] = 6.
-        return tokens, [torch.full((VOCABULARY,), float(token)) for token in tokens]
-
-    def optimizer(model, cache, hidden, budget, *_, **__):
-        if not isinstance(hidden, torch.Tensor):
-            raise Wrong("The optimizer gets the hidden states of a token, (L+1, dim)", f"optimisation {len(seen.optimized)}: got {show(hidden)}")
-        seen.optimized.append(SimpleNamespace(at=cache.length, hidden=hidden.clone(), budget=budget, written=len(seen.tokens)))
-        return Selection([frozenset(range(m)) for m in range(budget + 1)], [1.] * (budget + 1))
+    def propose(drafter, text):
+        length = text.cache.length
+        left = count - len(played.tokens)
+        draft = drafter.propose(text, max(left - 1, 0))
+        text.cache.length = length
+        return draft
 
     with contextlib.ExitStack() as stack:
-        for name, value in (("accept_greedy", accept_greedy), ("accept_sampled", accept_sampled), ("draft", drafter),
-                            ("optimize", optimizer), ("exact_width", lambda model, rows: rows + 2)):
-            stack.enter_context(mock.patch.object(speculative, name, value))
-        cache = settings.pop("cache", None) or cache_of(llama)
-        settings = dict(skip_layers=2, draft_length=3, opt_interval=2) | settings
-        for token in speculative.clasp(llama, list(prompt), count, stats=seen.stats, cache=cache, **settings):
-            seen.tokens.append(int(token))
-            seen.lengths.append(cache.length)
-            if len(seen.tokens) > count + 5:
+        for double in (accept_greedy, accept_sampled, propose):
+            stack.enter_context(mock.patch.object(speculative, double.__name__, double))
+        yield
+
+
+def play(
+    prompt: list[int], count: int, script: list[int], *, broken: int | None = None, **settings
+) -> Played:
+    """The student's decode with a scripted drafter.
+
+    script: how many tokens of each draft are accepted; 0 from its end on. broken: a row of each
+    verify pass whose logits are NaN.
+    """
+    import speculative
+    chance = random.Random(1)
+    played = Played(stats=speculative.Stats())
+    llama = token_model()
+    llama.broken = broken
+    cache = cache_of(llama)
+    drafter = scripted_drafter(played, chance)
+    with scripted(played, count, script, chance):
+        tokens = speculative.decode(
+            llama, list(prompt), count, drafter, stats=played.stats, cache=cache, **settings)
+        for token in tokens:
+            played.tokens.append(int(token))
+            played.lengths.append(cache.length)
+            if len(played.tokens) > count + 5:
                 break
-    if not seen.judged:
-        raise Wrong(f"Every cycle's draft, be it empty, is judged by {'accept_sampled' if settings.get('temperature') else 'accept_greedy'}",
-                    f"prompt {prompt}, {count} new tokens: it was never called")
-    seen.verified = [one for one in llama.passes[1 if len(prompt) > 1 else 0:] if not one.skip]
-    return seen
+    played.verified = llama.passes[1:] if len(prompt) > 1 else llama.passes
+    equal(len(played.drafts), len(played.judged),
+          "Every cycle asks the drafter for a draft and has it judged, by accept_greedy or, with a "
+          "temperature above 0, by accept_sampled",
+          f"{told(prompt, count, script)}: drafts and those judged")
+    return played
 
 
+def told(prompt, count: int, script) -> str:
+    return f"prompt {prompt}, {count} new tokens, accepted by cycle {script}"
+
+
+PROMPTS = ([1], [1, 2, 3])
 SCRIPTS = ([0, 0, 0], [3, 3, 3], [1, 0, 2, 3, 0, 1], [2, 2, 1, 1, 3, 0, 0])
 
 
-@check(3, "What is written")
+@check(2, "The loop: what is written")
 def written():
-    for prompt in ([1], [1, 2, 3]):
+    for prompt in PROMPTS:
         for script in SCRIPTS:
             for count in (1, 2, 9):
-                seen = play(prompt, count, script)
-                example = f"prompt {prompt}, {count} new tokens, K = 3, accepted by cycle {script}"
-                equal(len(seen.tokens), count, "Just max_new_tokens tokens are written", f"{example}: number")
-                equal(seen.tokens, seen.expected[:count], "A cycle writes the accepted tokens of the draft and then the verifier's own "
+                played = play(prompt, count, script)
+                example = told(prompt, count, script)
+                equal(len(played.tokens), count,
+                      "Just max_new_tokens tokens are written", f"{example}: number")
+                equal(played.tokens, played.expected[:count],
+                      "A cycle writes the accepted tokens of the draft and then the verifier's own "
                       "token", f"{example}, tokens")
+                before = 0
+                for cycle, one in enumerate(played.judged):
+                    if len(one.drafted) >= count - before:
+                        raise PropertyError(
+                            "The drafter is asked (by propose) for no more than there is room for",
+                            f"{example}, cycle {cycle}: {count - before} tokens left to write, "
+                            f"{len(one.drafted)} drafted")
+                    before += played.accepted[cycle] + 1
     for stop in range(VOCABULARY):
-        seen = play([1, 2, 3], 9, [1, 2, 3], stop={stop})
-        place = seen.expected.index(stop) + 1 if stop in seen.expected else 9
-        equal(seen.tokens, seen.expected[:min(place, 9)], "Decoding ends after a token in stop, drafted or the verifier's own",
+        played = play([1, 2, 3], 9, [1, 2, 3], stop={stop})
+        expected = played.expected[:9]
+        if stop in expected:
+            expected = expected[:expected.index(stop) + 1]
+        equal(played.tokens, expected,
+              "Decoding ends after a token in stop, drafted or the verifier's own",
               f"stop {{{stop}}}, 9 tokens asked for, tokens")
+    overflows()
 
 
-@check(4, "Verify and roll back")
+def overflows():
+    """NaN in the logits: refused where they decide what is written, and nowhere else."""
+    from model import ModelError
+    for script, broken, is_refused in (
+        ([1], 0, True), ([1], 1, True), ([1], 2, False), ([0, 0, 1], 1, True),
+    ):
+        raised = False
+        try:
+            play([1, 2, 3], 9, script, broken=broken)
+        except ModelError:
+            raised = True
+        equal(raised, is_refused,
+              "Logits that are NaN or infinite are a ModelError (require_finite) in the pending "
+              "token's row and those of accepted tokens, and do not matter in those of rejected "
+              "ones", f"accepted by cycle {script}, NaN in row {broken} of a verify pass: refused")
+
+
+@check(3, "The loop: verify and roll back")
 def rolls_back():
-    for prompt in ([1], [1, 2, 3]):
+    for prompt in PROMPTS:
         for script in SCRIPTS:
-            seen = play(prompt, 9, script)
-            example = f"prompt {prompt}, K = 3, accepted by cycle {script}"
-            for i, length in enumerate(seen.lengths):
-                equal(length, len(prompt) + i, "At every yield the cache holds all tokens so far but the last: after a cycle that is "
-                      "n + accepted + 1", f"{example}, new token {i}: cache.length")
-            text, at = list(prompt), 0
-            for cycle, (one, (drafted, *_)) in enumerate(zip(seen.verified, seen.judged)):
-                where = f"{example}, cycle {cycle}"
-                equal(one.start, len(text) - 1, "A verify pass starts at the slot of the pending token", f"{where}: cache.length at its start")
-                equal(one.before, text[:-1], "Before a verify pass the cache holds the text but its pending token", f"{where}: tokens in the cache")
-                equal(one.rows[:1 + len(drafted)], [text[-1], *drafted], "A verify pass is the pending token and the draft, in order",
-                      f"{where}: its first rows")
-                accepted = min(script[cycle] if cycle < len(script) else 0, len(drafted))
-                text += seen.expected[at:at + accepted + 1]
-                at += accepted + 1
+            played = play(prompt, 9, script)
+            example = told(prompt, 9, script)
+            for i, length in enumerate(played.lengths):
+                equal(length, len(prompt) + i,
+                      "At every yield the cache holds all tokens so far but the last: after a "
+                      "cycle that is n + accepted + 1", f"{example}, new token {i}: cache.length")
+            text = list(prompt)
+            at = 0
+            for cycle, (one, judged) in enumerate(zip(played.verified, played.judged)):
+                verifies(one, text, judged.drafted, f"{example}, cycle {cycle}")
+                end = at + played.accepted[cycle] + 1
+                text += played.expected[at:end]
+                at = end
 
 
-@check(1, "What is drafted")
-def drafted():
-    seen = play([1, 2, 3], 12, [3, 0, 1], draft_length=3, exit_threshold=0.5, stop={99})
-    text = [1, 2, 3] + seen.expected
-    for cycle, ask in enumerate(seen.asked):
-        example = f"prompt [1, 2, 3], 12 new tokens, K = 3, M = 2, accepted by cycle [3, 0, 1], cycle {cycle}"
-        equal(ask.token, text[ask.at], "A draft begins at the pending token: the verifier's own, which is not in the cache yet",
-              f"{example}: token")
-        equal(ask.skip, frozenset({0, 1}), "A draft skips the set that the optimizer chose for budget M", f"{example}: skip set")
-        left = 12 - (ask.at - 2)
-        equal(ask.length, min(3, left - 1), "A draft is at most K tokens, and one fewer than are left to write, since the verifier "
-              "adds one of its own", f"{example}, {left} tokens left: length")
-        if not callable(ask.go_on):
-            raise Wrong("draft is given a function go_on that tells from a confidence whether to draw another token",
-                        f"{example}: got {show(ask.go_on)}")
-        equal([bool(ask.go_on(confidence)) for confidence in (.499, .5, .501)], [False, True, True], "go_on(confidence) is true unless the "
-              "confidence is below exit_threshold", f"{example}, exit_threshold 0.5: go_on at 0.499, 0.5 and 0.501")
-        equal(set(ask.stop), {99}, "The stop tokens are handed on to draft", f"{example}: stop")
-    for prompt, expected in (([1, 2, 3], 0), ([1], 1)):
-        seen = play(prompt, 12, [0, 0, 0])
-        equal(seen.asked[0].at - len(prompt) + 1 if seen.asked else None, expected, "There is a draft in every cycle once layers are chosen: "
-              "from the first on, or with a prompt of one token from the second", f"prompt {prompt}, nothing accepted: cycle of the first draft")
+def verifies(one, text: list[int], drafted: list[int], example: str):
+    """Is this the verify pass of such a draft, after such a text?"""
+    equal(one.start, len(text) - 1,
+          "A verify pass starts at the slot of the pending token",
+          f"{example}: cache.length at its start")
+    equal(one.before, text[:-1],
+          "Before a verify pass the cache holds the text but its pending token",
+          f"{example}: tokens in the cache")
+    equal(one.rows[:1 + len(drafted)], [text[-1], *drafted],
+          "A verify pass is the pending token and the draft, in order",
+          f"{example}: its first rows")
 
 
-@check(3, "When and on what the DP runs")
-def optimised():
-    for prompt, interval, script in (([1, 2, 3], 1, [2, 0, 3]), ([1, 2, 3], 2, [0, 1, 2, 3]), ([1, 2, 3], 3, [3, 1, 0, 2]), ([1], 2, [0, 1, 2])):
-        seen = play(prompt, 12, script, opt_interval=interval)
-        text = list(prompt) + seen.expected
-        ends, at = [], 0                                       # tokens written after each cycle
-        for cycle, (drafted, *_) in enumerate(seen.judged):
-            at += min(script[cycle] if cycle < len(script) else 0, len(drafted)) + 1
-            ends.append(at)
-        due = [0] * (len(prompt) > 1) + [end for cycle, end in enumerate(ends, 1)
-                                         if (cycle % interval == 0 or cycle == 1 and len(prompt) == 1) and end < 12]
-        example = f"prompt {prompt}, opt_interval {interval}, accepted by cycle {script}"
-        equal([one.written for one in seen.optimized], due, "The DP runs after the prefill (with a prompt of one token: after the first "
-              "cycle) and then every opt_interval cycles, before the next draft", f"{example}: new tokens before each run")
-        for one in seen.optimized:
-            last = len(prompt) + one.written - 1               # tokens in the cache
-            where = f"{example}, run after {one.written} new tokens"
-            equal(one.budget, 2, "The DP's budget is skip_layers", f"{where}: budget")
-            equal(one.at, last, "When the DP runs, the last token in the cache is the last one accepted", f"{where}: cache.length")
-            equal(tuple(one.hidden.shape), (LAYERS + 1, VOCABULARY), "The DP gets h_0 .. h_L of one token, (L+1, dim)", f"{where}: shape")
-            held = [n for n in range(1, last + 1) if torch.allclose(one.hidden, states_of(text[:n]))]
-            if last not in held:
-                raise Wrong("The DP gets h_0 .. h_L of the last token in the cache: the last drafted token accepted, or the pending one "
-                            "if none was", f"{where}: expected the states after {text[:last]}, got "
-                            + (f"those after {text[:held[-1]]}" if held else "those of a token that was not accepted, or no token's"))
-    equal([at for at, _ in seen.stats.skip_sets], due, "stats.skip_sets tells after how many new tokens each set was chosen", f"{example}")
+@check(2, "The loop: what the drafter is told")
+def drafter_is_told():
+    for prompt in PROMPTS:
+        for script in SCRIPTS:
+            played = play(prompt, 9, script)
+            example = told(prompt, 9, script)
+            equal([one.cycles for one in played.begun], [0],
+                  "begin is called once, before the first draft",
+                  f"{example}: drafts before each call")
+            begins(played.begun[0], prompt)
+            equal([one.written for one in played.observed], ends(played)[:-1],
+                  "observe is called after each cycle's tokens were written, but not after the "
+                  "text's last", f"{example}: new tokens before each call")
+            for cycle, one in enumerate(played.observed):
+                observes(one, cycle, played, list(prompt), f"{example}, cycle {cycle}")
 
 
-@check(2, "Sampling, in the loop")
+def ends(played: Played) -> list[int]:
+    """New tokens after each cycle."""
+    totals = []
+    for accepted in played.accepted:
+        before = totals[-1] if totals else 0
+        totals.append(before + accepted + 1)
+    return totals
+
+
+def begins(one, prompt: list[int]):
+    equal(one.length, len(prompt) - 1,
+          "When a text begins the cache holds the prompt but its last token, the first pending one",
+          f"prompt {prompt}: cache.length in begin")
+    if len(prompt) == 1:
+        equal(one.hidden, None,
+              "With a prompt of one token the cache is empty, and begin is given None",
+              f"prompt {prompt}: hidden")
+    else:
+        is_state_of(one.hidden, prompt[:-1], f"prompt {prompt}: hidden in begin")
+
+
+def observes(one, cycle: int, played: Played, prompt: list[int], example: str):
+    outcome = one.outcome
+    cached = [*prompt, *played.expected[:one.written - 1]]
+    equal(list(outcome.draft.tokens), played.drafts[cycle].tokens,
+          "An Outcome holds the cycle's draft", f"{example}: draft.tokens")
+    equal(outcome.accepted, played.accepted[cycle],
+          "An Outcome says how many of the draft's tokens were accepted", f"{example}: accepted")
+    equal(one.length, len(cached),
+          "When observe is called, the cache holds all tokens but the pending one",
+          f"{example}: cache.length")
+    equal(one.cycles, cycle + 1,
+          "When observe is called, stats.cycles counts the cycle", f"{example}: stats.cycles")
+    is_state_of(outcome.hidden, cached, f"{example}: hidden of the Outcome")
+    missing = {"draft", "verify", "optimize"} - one.seconds
+    equal(missing, set(),
+          "An Outcome has the seconds of draft, verify and optimize: text.laps",
+          f"{example}: missing")
+
+
+def is_state_of(hidden, tokens: list[int], example: str):
+    """Is it h_0 .. h_L of the last of these tokens?"""
+    if not isinstance(hidden, Tensor):
+        raise PropertyError(
+            "A drafter is given the hidden states of one token, (L+1, dim)",
+            f"{example}: got {show(hidden)}")
+    equal(tuple(hidden.shape), (LAYERS + 1, VOCABULARY),
+          "A drafter is given h_0 .. h_L of one token, (L+1, dim)", f"{example}: shape")
+    if torch.allclose(hidden, states_of(tokens)):
+        return
+    lengths = range(1, len(tokens))
+    others = [n for n in lengths if torch.allclose(hidden, states_of(tokens[:n]))]
+    got = "those of a token that was not accepted, or no token's"
+    if others:
+        got = f"those after {tokens[:others[-1]]}"
+    raise PropertyError(
+        "A drafter is given h_0 .. h_L of the last token in the cache: the last drafted token "
+        "accepted, or the pending one if none was",
+        f"{example}: expected the states after {tokens}, got {got}")
+
+
+@check(1, "The loop: sampling, and passes of one width")
 def sampling():
     import speculative
-    seen = play([1, 2, 3], 8, [1, 0, 2], temperature=0.7, top_p=0.9)
-    text, at = [1, 2, 3], 0
-    if len(seen.judged[0]) != 3:
-        raise Wrong("With a temperature above 0 a draft is judged by accept_sampled", "temperature 0.7: expected accept_sampled, got accept_greedy")
-    for cycle, (drafted, q, p) in enumerate(seen.judged):
-        example = f"temperature 0.7, top_p 0.9, accepted by cycle [1, 0, 2], cycle {cycle}"
-        logits = torch.tensor([state((*text, *drafted[:i])) for i in range(len(drafted) + 1)])
-        close(p, speculative.distribution(logits, 0.7, 0.9), "accept_sampled gets p = distribution(logits, temperature, top_p) of the "
-              "pending token's row and of each drafted one", example, ("row", "token"))
-        equal([float(x[0]) for x in q], [float(t) for t in drafted], "accept_sampled gets the draft's distributions as draft returned them",
+    script = [1, 0, 2]
+    played = play([1, 2, 3], 8, script, temperature=0.7, top_p=0.9)
+    text = [1, 2, 3]
+    for cycle, one in enumerate(played.judged):
+        example = f"temperature 0.7, top_p 0.9, accepted by cycle {script}, cycle {cycle}"
+        drafted = one.drafted
+        if one.q is None:
+            raise PropertyError(
+                "With a temperature above 0 a draft is judged by accept_sampled",
+                "temperature 0.7: expected accept_sampled, got accept_greedy")
+        rows = [state((*text, *drafted[:i])) for i in range(len(drafted) + 1)]
+        close(one.p, speculative.distribution(torch.tensor(rows), 0.7, 0.9),
+              "accept_sampled gets p = distribution(logits, temperature, top_p) of the pending "
+              "token's row and of each drafted one", example, ("row", "token"))
+        equal([float(x[0]) for x in one.q], [float(t) for t in drafted],
+              "accept_sampled gets the draft's distributions as they came with it",
               f"{example}: marks of q")
-        accepted = min([1, 0, 2][cycle] if cycle < 3 else 0, len(drafted))
-        text += seen.expected[at:at + accepted + 1]
-        at += accepted + 1
-    seen = play([1, 2, 3], 4, [1])
-    if len(seen.judged[0]) != 2:
-        raise Wrong("At temperature 0 a draft is judged by accept_greedy", "temperature 0: expected accept_greedy, got accept_sampled")
+        text = [1, 2, 3, *played.expected[:ends(played)[cycle]]]
+    if play([1, 2, 3], 4, [1]).judged[0].q is not None:
+        raise PropertyError(
+            "At temperature 0 a draft is judged by accept_greedy",
+            "temperature 0: expected accept_greedy, got accept_sampled")
+    for width in (6, None):
+        played = play([1, 2, 3], 12, [3, 0, 1], width=width)
+        for cycle, (one, judged) in enumerate(zip(played.verified, played.judged)):
+            equal(len(one.rows), width or 1 + len(judged.drafted),
+                  "A verify pass has text.width rows; if that is None, as many as there are tokens",
+                  f"width {width}, {len(judged.drafted)} tokens drafted, cycle {cycle}: rows")
 
 
-@check(1, "Passes of one shape")
-def one_shape():
-    seen = play([1, 2, 3], 12, [3, 0, 1], draft_length=3, drafts=1)
-    for cycle, one in enumerate(seen.verified):
-        equal(len(one.rows), 6, "With exact every verify pass has exact_width(model, K + 1) rows, however many were drafted",
-              f"K = 3, an exact_width that adds 2, 1 token drafted, cycle {cycle}: rows")
-    seen = play([1, 2, 3], 12, [3, 0, 1], draft_length=3, drafts=1, exact=False)
-    for cycle, (one, (drafted, *_)) in enumerate(zip(seen.verified, seen.judged)):
-        equal(len(one.rows), 1 + len(drafted), "Without exact a verify pass has as many rows as there are tokens",
-              f"K = 3, {len(drafted)} tokens drafted, cycle {cycle}: rows")
-    with mock.patch("speculative.BLOCK", 8), mock.patch("exact.BLOCK", 8), mock.patch("model.BLOCK", 8):
-        seen = play([1, 2, 3], 30, [3, 3, 2, 3, 1, 3, 3, 0, 3, 3], draft_length=3)
-    for cycle, (one, (drafted, *_)) in enumerate(zip(seen.verified, seen.judged)):
-        last = one.start + len(drafted)
-        equal(last // 8, one.start // 8, "With exact a cycle's tokens lie in one block of BLOCK slots, so a draft ends at a block's end",
-              f"BLOCK = 8, cycle {cycle}, {1 + len(drafted)} tokens from slot {one.start} on: block of the last one")
-
-
-@check(1, "Statistics")
+@check(1, "The loop: statistics")
 def statistics():
     script = [1, 0, 2, 3]
-    seen = play([1, 2, 3], 10, script)
-    example, drafted = "prompt of 3, 10 new tokens, K = 3, accepted by cycle [1, 0, 2, 3]", [len(judged[0]) for judged in seen.judged]
-    accepted = [min(script[cycle] if cycle < 4 else 0, k) for cycle, k in enumerate(drafted)]
-    flags = [flag for a in accepted for flag in [True] * a + [False]]
+    played = play([1, 2, 3], 10, script)
+    flags = []
+    for accepted in played.accepted:
+        flags += [True] * accepted + [False]
+    drafted = sum(len(judged.drafted) for judged in played.judged)
+    example = told([1, 2, 3], 10, script)
     for name, meaning, expected in (
-            ("tokens", "holds the new tokens", seen.tokens), ("cycles", "counts the passes of the whole model but the prefill", len(drafted)),
-            ("drafted", "counts the tokens drafted", sum(drafted)),
-            ("accepted", "counts the drafted tokens accepted, without the verifier's own", sum(accepted)),
-            ("optimizations", "counts the runs of the DP", len(seen.optimized)),
-            ("from_draft", "tells of each new token whether the draft wrote it", flags[:10])):
-        equal(getattr(seen.stats, name), expected, f"stats.{name} {meaning}", f"{example}: {name}")
+        ("tokens", "holds the new tokens", played.tokens),
+        ("cycles", "counts the passes of the whole model but the prefill", len(played.judged)),
+        ("drafted", "counts the tokens drafted", drafted),
+        ("accepted", "counts the drafted tokens accepted, without the verifier's own",
+         sum(played.accepted)),
+        ("from_draft", "tells of each new token whether the draft wrote it", flags[:10]),
+    ):
+        equal(getattr(played.stats, name), expected,
+              f"stats.{name} {meaning}", f"{example}: {name}")
+
+
+# ---------------------------------------------------------------------------- CLaSp's drafter
+
+M = 2                         # layers that the drafter is to skip
+CYCLES = 8
+
+
+@contextlib.contextmanager
+def noted():
+    """The DP and the draft exchanged for doubles that note their calls.
+
+    ``runs``: of the DP, whose n-th run chooses layers n, n+1, ... ``drafts``: of the draft.
+    """
+    import speculative
+    from dp_skip import Selection
+    seen = SimpleNamespace(runs=[], drafts=[], draft=speculative.Draft([4, 5], [None, None]))
+
+    def select_layers(layer, states, budget, smallest=0):
+        first = len(seen.runs)
+        sets = []
+        for m in range(smallest, budget + 1):
+            sets.append(frozenset((first + i) % LAYERS for i in range(m)))
+        return Selection(sets, [1.0] * len(sets))
+
+    def optimize(model, cache, hidden, budget, select=select_layers):
+        selection = select(None, hidden, budget)
+        seen.runs.append(SimpleNamespace(model=model, cache=cache, hidden=hidden, budget=budget))
+        return selection
+
+    def draft_by_skipping(text, skip, most, go_on=None):
+        seen.drafts.append(SimpleNamespace(skip=skip, most=most, go_on=go_on))
+        return seen.draft
+
+    with contextlib.ExitStack() as stack:
+        for double in (select_layers, optimize, draft_by_skipping):
+            stack.enter_context(mock.patch.object(speculative, double.__name__, double))
+        yield seen
+
+
+@check(1, "The drafter: what it drafts")
+def drafted():
+    import speculative
+    with noted() as seen:
+        for most, length, expected in ((9, 3, 3), (2, 3, 2), (3, 3, 3), (9, 1, 1)):
+            drafter = speculative.FixedSet(frozenset({1, 2}), length, 0.5)
+            got = drafter.propose(text_of([1, 2]), most)
+            example = f"skip {{1, 2}}, K = {length}, room for {most}"
+            if got is not seen.draft:
+                raise PropertyError("FixedSet.propose returns what draft_by_skipping does", example)
+            one = seen.drafts[-1]
+            equal(one.skip, frozenset({1, 2}),
+                  "The draft leaves out the drafter's set", f"{example}: skip")
+            equal(one.most, expected,
+                  "A draft is at most K tokens, and at most what there is room for",
+                  f"{example}: most")
+            if not callable(one.go_on):
+                raise PropertyError(
+                    "With an exit threshold draft_by_skipping is given a function go_on that tells "
+                    "from a confidence whether to draw another token",
+                    f"{example}: got {show(one.go_on)}")
+            equal([bool(one.go_on(confidence)) for confidence in (0.499, 0.5, 0.501)],
+                  [False, True, True],
+                  "go_on(confidence) is true unless the confidence is below exit_threshold",
+                  f"{example}, exit_threshold 0.5: go_on at 0.499, 0.5 and 0.501")
+        drafter = speculative.FixedSet(None, 3, 0.0)
+        got = drafter.propose(text_of([1]), 9)
+        require_draft(got, "propose", "skip None")
+        equal((got.tokens, len(seen.drafts)), ([], 4),
+              "While no layers are chosen (skip is None) nothing is drafted",
+              "skip None: tokens, and calls of draft_by_skipping")
+
+
+def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
+    """Begin a text and go through some cycles of 2 tokens each, as the loop would.
+
+    Cycle c ends in states that are all c. ``due``: cycles before each run of the DP. ``skips``:
+    what each draft left out, None where there was none.
+    """
+    import speculative
+    seen.runs.clear()
+    seen.drafts.clear()
+    happened = SimpleNamespace(due=[], skips=[])
+    drafter.begin(text, states)
+    happened.due += [0] * len(seen.runs)
+    for cycle in range(1, CYCLES + 1):
+        drafts = len(seen.drafts)
+        drafter.propose(text, 9)
+        happened.skips.append(seen.drafts[-1].skip if len(seen.drafts) > drafts else None)
+        text.stats.cycles += 1
+        text.stats.tokens += [0, 0]
+        told = torch.full((LAYERS + 1, VOCABULARY), float(cycle))
+        runs = len(seen.runs)
+        drafter.observe(text, speculative.Outcome(speculative.NO_DRAFT, 1, told, {}))
+        happened.due += [cycle] * (len(seen.runs) - runs)
+    return happened
+
+
+def due(hidden: Tensor | None, interval: int) -> list[int]:
+    """Cycles after which the DP is to run."""
+    cycles = [cycle for cycle in range(1, CYCLES + 1) if cycle % interval == 0]
+    first = 1 if hidden is None else 0
+    return cycles if first in cycles else [first, *cycles]
+
+
+STATES = torch.zeros(LAYERS + 1, VOCABULARY)
+LIVES = [(STATES, 1), (STATES, 2), (STATES, 3), (None, 1), (None, 2), (None, 3)]
+
+
+def life(hidden: Tensor | None, interval: int) -> str:
+    begin = "a prompt of one token" if hidden is None else "a longer prompt"
+    return f"{begin}, opt_interval {interval}, {CYCLES} cycles of 2 tokens"
+
+
+@check(2, "The drafter: when the DP runs")
+def when():
+    import speculative
+    for hidden, interval in LIVES:
+        with noted() as seen:
+            drafter = speculative.Clasp(token_model(), M, 3, 0.0, interval)
+            happened = live(drafter, text_of([1, 2]), hidden, seen)
+            example = life(hidden, interval)
+            equal(happened.due, due(hidden, interval),
+                  "The DP runs when a text begins (with a prompt of one token: after the first "
+                  "cycle) and then after every opt_interval cycles",
+                  f"{example}: cycles before each run")
+            happened = live(drafter, text_of([1, 2]), None, seen)
+            equal(happened.due, due(None, interval),
+                  "A drafter may go from text to text: one that begins with no states has no "
+                  "layers chosen, whatever the last text's were",
+                  f"{example}, then {life(None, interval)}: cycles before each run")
+
+
+@check(1, "The drafter: on what the DP runs, and what comes of it")
+def on_what():
+    import speculative
+    for hidden, interval in LIVES:
+        with noted() as seen:
+            llama = token_model()
+            text = text_of([1, 2])
+            drafter = speculative.Clasp(llama, M, 3, 0.0, interval)
+            happened = live(drafter, text, hidden, seen)
+            example = life(hidden, interval)
+            cycles = due(hidden, interval)
+            for cycle, run in zip(cycles, seen.runs):
+                where = f"{example}, run after {cycle} cycles"
+                equal(run.budget, M, "The DP's budget is skip_layers", f"{where}: budget")
+                if run.model is not text.model or run.cache is not text.cache:
+                    raise PropertyError("The DP runs on the text's model and cache", where)
+                equal(tuple(run.hidden.shape), (LAYERS + 1, VOCABULARY),
+                      "The DP gets h_0 .. h_L of one token, (L+1, dim)", f"{where}: shape")
+                equal(run.hidden[0, 0].item(), float(cycle),
+                      "The DP gets the states that the drafter was told last",
+                      f"{where}: the cycle that they are of")
+            sets = [frozenset((n + i) % LAYERS for i in range(M)) for n in range(len(cycles))]
+            expected = []
+            for cycle in range(CYCLES):
+                so_far = sum(1 for run in cycles if run <= cycle)
+                expected.append(sets[so_far - 1] if so_far else None)
+            equal([show(skip) for skip in happened.skips], [show(skip) for skip in expected],
+                  "A draft leaves out the set that the last run of the DP chose for budget M",
+                  f"{example}, a DP whose n-th run chooses layers n, n+1: skip set by cycle")
+            equal(text.stats.optimizations, len(cycles),
+                  "stats.optimizations counts the runs of the DP", f"{example}: optimizations")
+            equal([(n, frozenset(skip)) for n, skip in text.stats.skip_sets],
+                  [(2 * cycle, chosen) for cycle, chosen in zip(cycles, sets)],
+                  "stats.skip_sets holds each set that was chosen, after how many new tokens",
+                  f"{example}: skip_sets")

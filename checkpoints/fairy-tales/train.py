@@ -34,7 +34,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from model import Config, Llama, named_weights  # noqa: E402
+from checkpoint import named_weights  # noqa: E402
+from model import Config, Llama  # noqa: E402
 
 BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
 # LLaMA 3's pre-tokenisation: contractions, words, up to three digits, punctuation, white space.

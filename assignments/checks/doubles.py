@@ -1,0 +1,220 @@
+"""What stands in for earlier problems: layers, a cache and angles that show what they were given.
+
+``marked_model`` is the student's Llama with layers that add 2^i (problems 2 and 4).
+``token_model`` is a whole model whose cache holds token ids (problem 6).
+"""
+import functools
+import random as chances
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from checks.common import PropertyError, config, show
+
+
+class Scale(nn.Module):
+    """In a norm's place."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return x * self.factor
+
+
+# ---------------------------------------------------------------------------- marked layers
+
+class Call(NamedTuple):
+    """What a layer was given."""
+    layer: int
+    x: Tensor                 # (batch, rows, hidden)
+    positions: list[float]    # of each row, read off the marked angles
+    sees: list[list[float]]   # for each row, the marks of the slots it may look at
+
+
+class MarkedLayer(nn.Module):
+    """In a decoder layer's place: adds 2^i, so a state tells which layers made it.
+
+    It notes what it was given. A row's first number is its mark, which is what it caches.
+    """
+
+    def __init__(self, i: int, calls: list[Call]):
+        super().__init__()
+        self.i = i
+        self.calls = calls
+
+    def forward(self, x, cos, sin, mask=None, store=None):
+        rows = x.shape[1]
+        marks = x[:1, :, :1][:, None]                          # (1, 1 head, rows, 1)
+        if store is not None:
+            marks, _ = store(marks, marks.clone())
+        sees = marks_seen(marks[0, 0, :, 0].tolist(), mask, rows)
+        self.calls.append(Call(self.i, x.clone(), positions(cos, sin, rows), sees))
+        return x + 2.0 ** self.i
+
+
+def marks_seen(marks: list[float], mask: Tensor | None, rows: int) -> list[list[float]]:
+    """For each row the marks of the slots that a mask lets it see."""
+    if mask is None:
+        return [marks] if rows == 1 else [marks[:r + 1] for r in range(rows)]
+    slots = len(marks)
+    if tuple(mask.shape[-2:]) not in ((rows, slots), (1, slots)):
+        raise PropertyError(
+            "A layer's mask is (rows, slots), over the slots that store returns",
+            f"{rows} rows and {slots} slots: got a mask of shape {tuple(mask.shape)}")
+    mask = mask.expand(*mask.shape[:-2], rows, slots).reshape(-1, rows, slots)[0]
+    others = mask[(mask != 0) & (mask != -torch.inf)]
+    if len(others):
+        raise PropertyError(
+            "A mask holds 0 where a row may look and -inf elsewhere, and nothing else",
+            f"a mask of shape {tuple(mask.shape)} holds {show(others[0].item())}")
+    open_slots = (mask == 0).tolist()
+    return [[mark for mark, is_open in zip(marks, row) if is_open] for row in open_slots]
+
+
+def positions(cos: Tensor, sin: Tensor, rows: int) -> list[float]:
+    """Of each row, as the marked angles tell."""
+    if cos.shape[-1] != 2 or cos.shape[-2] not in (1, rows) or sin.shape != cos.shape:
+        raise PropertyError(
+            "A layer's cos and sin are (rows, head_dim), or (1, head_dim) if all rows share a "
+            "position",
+            f"{rows} rows, head_dim 2: got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    from_cos = cos[..., 0].flatten()
+    from_sin = -sin[..., 0].flatten()
+    if not torch.equal(from_sin, from_cos):
+        raise PropertyError(
+            "cos and sin are taken from the same positions",
+            f"positions {show(from_cos)} in cos, {show(from_sin)} in sin")
+    return from_cos.expand(rows).tolist() if len(from_cos) == 1 else from_cos.tolist()
+
+
+def marked_angles(length: int) -> tuple[Tensor, Tensor]:
+    """In RoPE's place: row p of cos is p, and of sin -p, so that a layer can tell positions."""
+    numbers = torch.arange(float(length))[:, None].expand(length, 2)
+    return numbers, -numbers
+
+
+def marked_table(config, length, *_, **__):
+    return marked_angles(length)
+
+
+def marked_rope():
+    """A patch that puts the marked angles in the place of the student's table."""
+    return mock.patch("model.rope_table", marked_table)
+
+
+class MarkedCache:
+    """In KVCache's place: which mark lies in which slot of which layer.
+
+    Valid slots hold their own number, and those never written -1.
+    """
+
+    def __init__(self, length: int, capacity: int = 40, layers: int = 4):
+        self.length = length
+        self.cos, self.sin = marked_angles(capacity)
+        valid = {slot: float(slot) for slot in range(length)}
+        self.slots = [dict(valid) for _ in range(layers)]
+        self.ends = []                                         # of each call of ``put``
+
+    def put(self, layer, slot, end, k, v):
+        self.ends.append(end)
+        for r, mark in enumerate(k[0, 0, :, 0].tolist()):
+            self.slots[layer][slot + r] = mark
+        marks = [self.slots[layer].get(s, -1.0) for s in range(end)]
+        marks = torch.tensor(marks)[None, None, :, None]
+        return marks, marks
+
+
+def marked_model(calls: list[Call], **changes):
+    """The student's Llama with marked layers. An embedding's first number is 100 * its token."""
+    import model
+    llama = model.Llama(config(**changes))
+    llama.embed.weight = nn.Parameter(torch.zeros_like(llama.embed.weight))
+    llama.embed.weight[:, 0] = torch.arange(5.0) * 100
+    llama.layers = nn.ModuleList(MarkedLayer(i, calls) for i in range(len(llama.layers)))
+    return llama
+
+
+# ---------------------------------------------------------------------------- a model of token ids
+
+VOCABULARY = 7
+LAYERS = 4
+
+
+@functools.lru_cache(maxsize=100_000)
+def state(
+    history: tuple[int, ...], skip: frozenset = frozenset(), layer: int = LAYERS
+) -> tuple[float, ...]:
+    """The token model's hidden state h_layer after these tokens. The last one is the logits."""
+    chance = chances.Random(f"{history} {sorted(skip)} {layer}")
+    return tuple(chance.gauss(0, 1) for _ in range(VOCABULARY))
+
+
+def states_of(tokens: list[int]) -> Tensor:
+    """h_0 .. h_L of the last of these tokens, (L+1, dim), by all layers."""
+    return torch.tensor([state(tuple(tokens), frozenset(), i) for i in range(LAYERS + 1)])
+
+
+def best(history, skip=frozenset()) -> int:
+    """The token model's greedy choice after these tokens."""
+    logits = state(tuple(history), frozenset(skip))
+    return logits.index(max(logits))
+
+
+def token_model():
+    """A Llama in all but what it computes: a fixed random function of the tokens before.
+
+    It reads them from the cache. So a roll-back that is off by one, a wrong position or a token
+    never fed changes what is written, with nothing of problems 1 to 5 in use. ``passes`` notes
+    (start, rows, skip, what the cache held before).
+    """
+    import model
+
+    class TokenModel(model.Llama):
+        def forward(self, tokens, cache=None, skip=(), slots=None):
+            start = cache.length
+            rows = tokens[0].tolist()
+            held = cache.keys[0][0, 0, :, 0]
+            if start + len(rows) > len(held):
+                raise PropertyError(
+                    "No pass goes past the cache's last slot",
+                    f"{len(rows)} rows from slot {start} on, {len(held)} slots")
+            before = held[:start].int().tolist()
+            note = SimpleNamespace(start=start, rows=rows, skip=frozenset(skip), before=before)
+            self.passes.append(note)
+            for r, token in enumerate(rows):
+                held[start + r] = token
+            cache.length = start + len(rows)
+            ids = held.int().tolist()
+            seen = [tuple(ids[:start + r + 1]) for r in range(len(rows))]
+            return [self.state_after(seen, note.skip, i) for i in range(LAYERS + 1)]
+
+        def state_after(self, histories, skip, layer):
+            return torch.tensor([[state(history, skip, layer) for history in histories]])
+
+        def logits(self, state):
+            if self.broken is None or state.shape[1] <= self.broken:
+                return state
+            state = state.clone()
+            state[:, self.broken] = torch.nan
+            return state
+
+    with marked_rope():
+        llama = TokenModel(config(vocab_size=VOCABULARY))
+    llama.passes = []
+    llama.broken = None                                # row of a pass whose logits are NaN
+    return llama
+
+
+def cache_of(llama, tokens=(), slots: int = 60, rows: int = 16):
+    """A KVCache of the token model that holds these tokens."""
+    import model
+    with marked_rope():
+        cache = model.KVCache(llama, slots, rows)
+    cache.keys[0][0, 0, :len(tokens), 0] = torch.tensor(tokens, dtype=torch.float32)
+    cache.length = len(tokens)
+    return cache

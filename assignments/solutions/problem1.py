@@ -1,0 +1,225 @@
+"""Problem 1 once more."""
+import math
+
+import torch
+
+import model
+from solutions.common import solves
+
+
+@solves("model.RMSNorm.forward")
+def rms_norm(self, x):
+    square = x.pow(2).mean(-1, keepdim=True)
+    scaled = x / (square + self.eps).sqrt()
+    return scaled * self.weight
+
+
+rms_norm.mistake(
+    "mean subtracted",
+    ("square =", "x = x - x.mean(-1, keepdim=True)\n    square ="))
+rms_norm.mistake(
+    "eps outside the root",
+    ("(square + self.eps).sqrt()", "(square.sqrt() + self.eps)"))
+rms_norm.mistake(
+    "sum in place of the mean",
+    ("mean(-1, keepdim=True)", "sum(-1, keepdim=True)"))
+rms_norm.mistake(
+    "weight forgotten",
+    ("scaled * self.weight", "scaled"))
+rms_norm.mistake(
+    "mean over all axes",
+    ("mean(-1, keepdim=True)", "mean()"))
+
+
+@solves("model.rope_table")
+def rope_table(config, length, device=None, dtype=torch.float32):
+    frequencies = model.inverse_frequencies(config)
+    positions = torch.arange(length).float()
+    angles = positions[:, None] * frequencies
+    both = torch.cat((angles, angles), -1)
+    sign = torch.ones(config.head_dim)
+    sign[:config.head_dim // 2] = -1
+    sin = both.sin() * sign
+    return both.cos().to(device, dtype), sin.to(device, dtype)
+
+
+rope_table.mistake(
+    "RoPE off by one",
+    ("arange(length)", "arange(1, length + 1)"))
+rope_table.mistake(
+    "sin not negated",
+    (" = -1", " = 1"))
+rope_table.mistake(
+    "angles in bfloat16",
+    (".float()", ".to(dtype).float()"))
+rope_table.mistake(
+    "rope_scaling forgotten",
+    ("model.inverse_frequencies(config)",
+     "config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)"))
+rope_table.mistake(
+    "angles interleaved",
+    ("torch.cat((angles, angles), -1)", "angles.repeat_interleave(2, -1)"))
+
+
+@solves("model.rotate")
+def rotate(x, cos, sin):
+    first, second = x.chunk(2, dim=-1)
+    swapped = torch.cat((second, first), dim=-1)
+    return x * cos + swapped * sin
+
+
+rotate.mistake(
+    "neighbouring dimensions paired",
+    ("torch.cat((second, first), dim=-1)",
+     "torch.stack((x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)"))
+rotate.mistake(
+    "halves not swapped",
+    ("(second, first)", "(first, second)"))
+rotate.mistake(
+    "turned the other way",
+    ("+ swapped", "- swapped"))
+
+
+@solves("model.KVCache.put")
+def put(self, layer, slot, end, k, v):
+    rows = k.shape[2]
+    places = torch.arange(slot, slot + rows)
+    self.keys[layer].index_copy_(2, places, model.storable(k))
+    self.values[layer].index_copy_(2, places, model.storable(v))
+    keys = self.keys[layer].narrow(2, 0, end)
+    values = self.values[layer].narrow(2, 0, end)
+    return keys, values
+
+
+put.mistake(
+    "only the new rows returned",
+    ("return keys, values", "return k, v"))
+put.mistake(
+    "written at cache.length",
+    ("places =", "slot = self.length - rows + 1\n    places ="))
+put.mistake(
+    "all slots returned",
+    ("return keys, values", "return self.keys[layer], self.values[layer]"))
+put.mistake(
+    "values into the keys",
+    ("model.storable(k)", "model.storable(v)"))
+put.mistake(
+    "what overflowed put into the cache",
+    ("model.storable(k)", "k"),
+    ("model.storable(v)", "v"))
+
+
+@solves("model.attention")
+def attention(q, k, v, mask):
+    rows = q.shape[2]
+    groups = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(groups, dim=1)
+    v = v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if mask is not None:
+        scores = scores + mask
+    elif rows > 1:
+        later = torch.ones(rows, rows, dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(later, -math.inf)
+    return scores.softmax(-1) @ v
+
+
+attention.mistake(
+    "key-value heads in the wrong order",
+    ("k.repeat_interleave(groups, dim=1)", "k.repeat(1, groups, 1, 1)"),
+    ("v.repeat_interleave(groups, dim=1)", "v.repeat(1, groups, 1, 1)"))
+attention.mistake(
+    "scores not scaled",
+    (" / math.sqrt(q.shape[-1])", ""))
+attention.mistake(
+    "no causal mask",
+    ("elif rows > 1:", "elif False:"))
+attention.mistake(
+    "a single row sees itself only",
+    ("return", "if mask is None and rows == 1:\n        scores[..., :-1] = -math.inf\n    return"))
+attention.mistake(
+    "mask forgotten",
+    ("scores + mask", "scores"))
+attention.mistake(
+    "softmax over the rows",
+    ("softmax(-1)", "softmax(-2)"))
+
+
+@solves("model.DecoderLayer.attention_block")
+def attention_block(self, x, cos, sin, mask=None, store=None):
+    normed = self.attention_norm(x)
+    sizes = [heads * self.head_dim for heads in (self.heads, self.kv_heads, self.kv_heads)]
+    q, k, v = self.qkv(normed).split(sizes, dim=-1)
+    q = q.unflatten(-1, (self.heads, -1)).permute(0, 2, 1, 3)
+    k = k.unflatten(-1, (self.kv_heads, -1)).permute(0, 2, 1, 3)
+    v = v.unflatten(-1, (self.kv_heads, -1)).permute(0, 2, 1, 3)
+    q = model.rotate(q, cos, sin)
+    k = model.rotate(k, cos, sin)
+    if store is not None:
+        k, v = store(k, v)
+    seen = self.attend(q, k, v, mask)
+    seen = seen.permute(0, 2, 1, 3).reshape(*x.shape[:2], -1)
+    return x + self.o(seen)
+
+
+attention_block.mistake(
+    "keys before queries in qkv",
+    ("q, k, v = self.qkv(normed).split(sizes, dim=-1)",
+     "k, q, v = self.qkv(normed).split([sizes[1], sizes[0], sizes[2]], dim=-1)"))
+attention_block.mistake(
+    "keys cached before rotation",
+    ("k = model.rotate(k, cos, sin)", "unturned = k\n    k = model.rotate(k, cos, sin)"),
+    ("store(k, v)", "store(unturned, v)"))
+attention_block.mistake(
+    "values rotated",
+    ("if store", "v = model.rotate(v, cos, sin)\n    if store"))
+attention_block.mistake(
+    "query not rotated",
+    ("q = model.rotate(q, cos, sin)", "pass"))
+attention_block.mistake(
+    "mask not handed on",
+    ("k, v, mask)", "k, v, None)"))
+attention_block.mistake(
+    "what store returns not used",
+    ("k, v = store(k, v)", "store(k, v)"))
+attention_block.mistake(
+    "no residual around attention",
+    ("return x + ", "return "))
+attention_block.mistake(
+    "norm on the residual too",
+    ("return x + ", "return normed + "))
+attention_block.mistake(
+    "no norm",
+    ("self.attention_norm(x)", "x"))
+
+
+@solves("model.DecoderLayer.mlp_block")
+def mlp_block(self, x):
+    normed = self.mlp_norm(x)
+    gate, up = self.gate_up(normed).tensor_split(2, dim=-1)
+    inner = gate * gate.sigmoid() * up
+    return x + self.down(inner)
+
+
+mlp_block.mistake(
+    "SiLU on up",
+    ("gate, up =", "up, gate ="))
+mlp_block.mistake(
+    "gate and up interleaved",
+    ("gate, up = self.gate_up(normed).tensor_split(2, dim=-1)",
+     "both = self.gate_up(normed)\n    gate, up = both[..., ::2], both[..., 1::2]"))
+mlp_block.mistake(
+    "no residual around the MLP",
+    ("x + self", "self"))
+mlp_block.mistake(
+    "norm on the residual too",
+    ("x + self", "normed + self"))
+mlp_block.mistake(
+    "no norm",
+    ("self.mlp_norm(x)", "x"))
+mlp_block.mistake(
+    "the attention's norm",
+    ("self.mlp_norm(x)", "self.attention_norm(x)"))
+mlp_block.mistake(
+    "sigmoid in place of SiLU",
+    ("gate * gate.sigmoid()", "gate.sigmoid()"))

@@ -1,0 +1,106 @@
+"""Problem 2 once more."""
+import math
+
+import torch
+
+import model
+from solutions.common import solves
+
+
+@solves("model.Llama.forward")
+def forward(self, tokens, cache=None, skip=(), slots=None):
+    rows = tokens.shape[1]
+    x = self.embed(tokens)
+    start = cache.length if cache else 0
+    end = slots or start + rows
+    if cache:
+        cos = cache.cos[start:start + rows]
+        sin = cache.sin[start:start + rows]
+    else:
+        cos, sin = model.rope_table(self.config, rows, x.device, x.dtype)
+    mask = model.causal_mask(start, rows, end, x)
+    states = [x]
+    for i, layer in enumerate(self.layers):
+        def store(k, v, i=i):
+            return cache.put(i, start, end, k, v)
+
+        left_out = i in skip
+        if not left_out:
+            x = layer(x, cos, sin, mask, store if cache else None)
+        states.append(x)
+    if cache:
+        cache.length = start + rows
+    return states
+
+
+forward.mistake(
+    "skipped layers counted from 1",
+    ("i in skip", "i + 1 in skip"))
+forward.mistake(
+    "no state for a skipped layer",
+    ("    states.append(x)", "    if not left_out:\n            states.append(x)"))
+forward.mistake(
+    "positions from 0 with a cache",
+    ("cache.cos[start:start + rows]", "cache.cos[:rows]"),
+    ("cache.sin[start:start + rows]", "cache.sin[:rows]"))
+forward.mistake(
+    "cache.length moved on in every layer",
+    ("    left_out =", "    if cache:\n            cache.length += rows\n        left_out ="),
+    ("cache.length = start + rows", "pass"))
+forward.mistake(
+    "a row does not see itself",
+    ("causal_mask(start,", "causal_mask(start - 1,"))
+forward.mistake(
+    "new rows see each other",
+    ("rows, end, x)", "rows, end, x)[-1:].repeat(rows, 1)"))
+forward.mistake(
+    "cache.length not moved",
+    ("cache.length = start + rows", "pass"))
+forward.mistake(
+    "slots past a row not masked",
+    ("end, x)", "end, x).clamp(min=-math.inf if slots is None else 0)"))
+forward.mistake(
+    "a skipped layer run for its cache",
+    ("        states.append(x)",
+     "        elif cache:\n            layer(x, cos, sin, mask, store)\n        states.append(x)"))
+forward.mistake(
+    "one skip too many",
+    ("i in skip", "i in skip or i - 1 in skip"))
+
+
+@solves("model.causal_mask")
+def causal_mask(start, rows, slots, x):
+    slot = torch.arange(slots)
+    row = start + torch.arange(rows)[:, None]
+    hidden = slot > row
+    return x.new_zeros(rows, slots).masked_fill(hidden, -math.inf)
+
+
+causal_mask.mistake(
+    "a row does not see itself",
+    ("slot > row", "slot >= row"))
+causal_mask.mistake(
+    "start ignored",
+    ("start + torch", "torch"))
+causal_mask.mistake(
+    "1 for seen, 0 for not",
+    ("x.new_zeros(rows, slots)", "x.new_ones(rows, slots)"),
+    ("-math.inf", "0"))
+causal_mask.mistake(
+    "always float32",
+    ("x.new_zeros(rows, slots)", "torch.zeros(rows, slots)"))
+
+
+@solves("model.Llama.logits")
+def logits(self, state):
+    state = self.norm(state)
+    matrix = self.embed if self.head is None else self.head
+    return state @ matrix.weight.T
+
+
+logits.mistake(
+    "no final norm",
+    ("self.norm(state)", "state"))
+logits.mistake(
+    "tied head forgotten",
+    ("self.embed if self.head is None else self.head", "self.head"))

@@ -1,0 +1,126 @@
+"""Problem 3 once more."""
+import torch
+
+import dp_skip
+from solutions.common import solves
+
+
+@solves("dp_skip.distances")
+def distances(rows, target):
+    rows = rows.double()
+    target = target.double()
+    length = rows.norm(dim=-1, keepdim=True)
+    apart = rows / length - target
+    return apart.pow(2).sum(-1).sqrt().float()
+
+
+distances.mistake(
+    "from a float32 cosine",
+    ("return apart.pow(2).sum(-1).sqrt().float()",
+     "cosine = torch.cosine_similarity(rows.float(), target.float()[None], dim=-1)\n"
+     "    return (2 - 2 * cosine).clamp(min=0).sqrt()"))
+distances.mistake(
+    "the cosine itself",
+    ("return apart.pow(2).sum(-1).sqrt().float()",
+     "return (rows / length @ target).float()"))
+distances.mistake(
+    "1 - cosine",
+    ("return apart.pow(2).sum(-1).sqrt().float()",
+     "return (1 - rows / length @ target).float()"))
+distances.mistake(
+    "lengths not divided out",
+    ("rows / length", "rows"))
+distances.mistake(
+    "bfloat16 kept",
+    ("rows = rows.double()", "dtype = rows.dtype"),
+    ("target.double()", "target"),
+    (".float()", ".to(dtype)"))
+
+
+@solves("dp_skip.walk_back")
+def walk_back(skipped, layers, budget):
+    def path(i, j):
+        if i == 0:
+            return []
+        if skipped(i, j):
+            return [*path(i - 1, j - 1), i - 1]
+        return path(i - 1, j)
+
+    return frozenset(path(layers, budget))
+
+
+walk_back.mistake(
+    "layers counted from 1",
+    (", i - 1]", ", i]"))
+walk_back.mistake(
+    "j not lowered at a skip",
+    ("path(i - 1, j - 1)", "path(i - 1, j)"))
+walk_back.mistake(
+    "walked from the first layer",
+    ("return frozenset(path(layers, budget))",
+     "chosen = []\n"
+     "    for i in range(1, layers + 1):\n"
+     "        j = len(chosen)\n"
+     "        if j < budget and skipped(i, j + 1):\n"
+     "            chosen.append(i - 1)\n"
+     "    return frozenset(chosen)"))
+
+
+@solves("dp_skip.select_layers_plain")
+def select_layers_plain(layer, states, budget):
+    layers = dp_skip.layer_count(states, budget)
+    targets = dp_skip.unit(states)
+    column = {0: states[0]}                            # survivors, by j
+    choice = {}
+    for i in range(1, layers + 1):
+        before = column
+        column = {}
+        for j in range(min(i, budget) + 1):
+            if j == i:
+                choice[i, j] = True
+                column[j] = states[0]
+                continue
+            if j == 0:
+                choice[i, j] = False
+                column[j] = states[i]
+                continue
+            ran = layer(i - 1, before[j][None])[0]
+            pair = torch.stack((ran, before[j - 1]))
+            a, b = dp_skip.distances(pair, targets[i]).tolist()
+            choice[i, j] = not a <= b
+            column[j] = pair[int(choice[i, j])]
+    finals = torch.stack([column[m] for m in range(budget + 1)])
+    cosines = dp_skip.cosines(finals, targets[-1])
+    sets = []
+    for m in range(budget + 1):
+        sets.append(dp_skip.walk_back(lambda i, j: choice[i, j], layers, m))
+    return dp_skip.Selection(sets, cosines)
+
+
+select_layers_plain.mistake(
+    "min in place of max",
+    ("not a <= b", "b > a"))
+select_layers_plain.mistake(
+    "a tie skips",
+    ("not a <= b", "b <= a"))
+select_layers_plain.mistake(
+    "NaN run",
+    ("not a <= b", "b < a"))
+select_layers_plain.mistake(
+    "g(i, 0) run, not the true state",
+    ("column[j] = states[i]", "column[j] = layer(i - 1, before[j][None])[0]"))
+select_layers_plain.mistake(
+    "compared with h_(i-1)",
+    ("targets[i]", "targets[i - 1]"))
+select_layers_plain.mistake(
+    "compared with h_L",
+    ("targets[i]", "targets[-1]"))
+select_layers_plain.mistake(
+    "skipping does not raise j",
+    ("before[j - 1]", "before[j]"))
+select_layers_plain.mistake(
+    "no set for m = 0",
+    ("Selection(sets,", "Selection(sets[1:],"))
+select_layers_plain.mistake(
+    "cosines with h_0",
+    ("cosines(finals, targets[-1])", "cosines(finals, targets[0])"))

@@ -1,0 +1,370 @@
+"""Problem 6 once more."""
+import functools
+
+import torch
+
+import speculative
+from solutions.common import solves
+
+# ---------------------------------------------------------------------------- a draft
+
+
+@solves("speculative.draft_by_skipping")
+def draft_by_skipping(text, skip, most, go_on=None):
+    drafted = []
+    marks = []
+    fed = text.tokens[-1]
+    sure = True
+    for _ in range(most):
+        row = speculative.as_row(text.model, [fed])
+        states = text.model(row, text.cache, skip)
+        logits = text.model.logits(states[-1])[0, -1]
+        drawn, q = text.choose(logits)
+        chances = logits.softmax(-1)
+        drafted.append(int(drawn))
+        marks.append(q)
+        if go_on:
+            sure = go_on(chances.max().item())
+        if int(drawn) in text.stop or not sure:
+            break
+        fed = int(drawn)
+    return speculative.Draft(drafted, marks)
+
+
+draft_by_skipping.mistake(
+    "the token below the threshold dropped",
+    ("        drafted.append(int(drawn))\n        marks.append(q)\n", ""),
+    ("        fed =", "        drafted.append(int(drawn))\n        marks.append(q)\n        fed ="))
+draft_by_skipping.mistake(
+    "confidence of the token drawn",
+    ("chances.max()", "chances[drawn]"))
+draft_by_skipping.mistake(
+    "the same token fed again",
+    ("fed = int(drawn)", "pass"))
+draft_by_skipping.mistake(
+    "go_on heeded one token later",
+    ("        if go_on:", "        was_sure = sure\n        if go_on:"),
+    ("not sure", "not was_sure"))
+draft_by_skipping.mistake(
+    "go_on asked of the logit",
+    ("logits.softmax(-1)", "logits"))
+draft_by_skipping.mistake(
+    "go_on not asked",
+    ("if go_on:", "if False:"))
+draft_by_skipping.mistake(
+    "go_on always asked",
+    ("if go_on:", "if True:"))
+draft_by_skipping.mistake(
+    "stop ignored",
+    ("int(drawn) in text.stop or ", ""))
+draft_by_skipping.mistake(
+    "a tensor looked up in stop",
+    ("int(drawn) in text.stop", "drawn in text.stop"))
+draft_by_skipping.mistake(
+    "drafted by the whole model",
+    ("text.cache, skip)", "text.cache)"))
+draft_by_skipping.mistake(
+    "one token too many",
+    ("range(most)", "range(most + 1)"))
+draft_by_skipping.mistake(
+    "drafted tokens written into the text",
+    ("marks.append(q)", "marks.append(q)\n        text.tokens.append(int(drawn))"))
+draft_by_skipping.mistake(
+    "no distributions",
+    ("Draft(drafted, marks)", "Draft(drafted, [None] * len(drafted))"))
+
+
+@solves("speculative.checked_draft")
+def propose(drafter, text):
+    n = text.cache.length
+    left = text.end - len(text.tokens)
+    limits = [left - 1]
+    if text.width is not None:
+        limits.append(text.width - 1)
+        behind = (n // speculative.BLOCK + 1) * speculative.BLOCK - n
+        limits.append(behind - 1)
+    most = min(limits)
+    draft = drafter.propose(text, most)
+    speculative.require(len(draft.tokens) <= most, "too long a draft")
+    text.cache.length = n
+    return draft
+
+
+propose.mistake(
+    "not rolled back",
+    ("text.cache.length = n", "pass"))
+propose.mistake(
+    "drafts past the end",
+    ("[left - 1]", "[left]"))
+propose.mistake(
+    "a cycle across two blocks",
+    ("limits.append(behind - 1)", "pass"))
+propose.mistake(
+    "a block's last slot left free",
+    ("behind - 1", "behind - 2"))
+propose.mistake(
+    "more rows than the width",
+    ("text.width - 1", "text.width"))
+propose.mistake(
+    "too long a draft let through",
+    ("<= most", "<= most + 1"))
+
+
+# ---------------------------------------------------------------------------- the loop
+
+@solves("speculative.decode")
+def decode(model, prompt, max_new_tokens, drafter, **settings):
+    text, hidden = speculative.new_text(model, prompt, max_new_tokens, **settings)
+    stats = text.stats
+    with text.timed("optimize"):
+        drafter.begin(text, hidden)
+    while not (stats.new_tokens and text.is_finished):
+        if stats.cycles > 0:
+            with text.timed("optimize"):
+                drafter.observe(text, outcome)         # noqa: F821
+        with text.timed("draft"):
+            draft = speculative.checked_draft(drafter, text)
+        with text.timed("verify"):
+            n = text.cache.length
+            rows = [text.tokens[-1], *draft.tokens]
+            states, logits = speculative.full_pass(model, text.cache, rows, text.width)
+            accepted, own = speculative.accept(text, draft, logits)
+            checked = accepted + 1
+            speculative.require_finite(logits[:checked])
+            row = accepted
+            hidden = torch.cat([state[0, row:row + 1] for state in states])
+        stats.cycles += 1
+        stats.drafted += len(draft.tokens)
+        stats.accepted += accepted
+        outcome = speculative.Outcome(draft, accepted, hidden, text.laps)  # noqa: F841
+        new = [*draft.tokens[:accepted], own]
+        for i, token in enumerate(new):
+            text.tokens.append(token)
+            text.cache.length = n + i + 1
+            stats.tokens.append(token)
+            stats.from_draft.append(i < accepted)
+            yield token
+            if text.is_finished:
+                break
+
+
+decode.mistake(
+    "rolled back by one too many",
+    ("n + i + 1", "n + i"))
+decode.mistake(
+    "rolled back by one too few",
+    ("n + i + 1", "n + i + 2"))
+decode.mistake(
+    "rolled back by one too few at a cycle's end",
+    ("n + i + 1", "n + i + 1 + (i == accepted)"))
+decode.mistake(
+    "not rolled back",
+    ("text.cache.length = n + i + 1", "pass"))
+decode.mistake(
+    "pending token from the draft",
+    ("text.tokens[-1], *", "outcome.draft.tokens[-1] if stats.cycles else prompt[-1], *"))
+decode.mistake(
+    "no token of the verifier's own",
+    ("own]", "*([] if accepted else [own])]"))
+decode.mistake(
+    "stop ignored",
+    ("while not (stats.new_tokens and text.is_finished)",
+     "while stats.new_tokens < max_new_tokens"),
+    ("if text.is_finished", "if stats.new_tokens == max_new_tokens"))
+decode.mistake(
+    "stop heeded at a cycle's end only",
+    ("if text.is_finished", "if stats.new_tokens == max_new_tokens"))
+decode.mistake(
+    "tokens written past the end",
+    ("if text.is_finished:\n                break", ""),
+    ("speculative.checked_draft(drafter, text)", "drafter.propose(text, 9)"))
+decode.mistake(
+    "drafts past the end",
+    ("speculative.checked_draft(drafter, text)", "drafter.propose(text, 9)"))
+decode.mistake(
+    "draft not judged",
+    ("speculative.accept(text, draft, logits)", "0, int(logits[0].argmax())"))
+decode.mistake(
+    "greedy rule when sampling",
+    ("speculative.accept(text, draft, logits)",
+     "speculative.accept_greedy(draft.tokens, logits)"))
+decode.mistake(
+    "logits for probabilities",
+    ("speculative.accept(text, draft, logits)",
+     "(speculative.accept_sampled(draft.tokens, draft.distributions, logits, text.rng)\n"
+     "                             if text.temperature\n"
+     "                             else speculative.accept_greedy(draft.tokens, logits))"))
+decode.mistake(
+    "NaN written",
+    ("speculative.require_finite(logits[:checked])", "pass"))
+decode.mistake(
+    "only the pending token's logits checked",
+    ("checked = accepted + 1", "checked = 1"))
+decode.mistake(
+    "a rejected token's overflow refused",
+    ("checked = accepted + 1", "checked = len(rows)"))
+decode.mistake(
+    "rows as many as drafted",
+    ("rows, text.width)", "rows, None)"))
+decode.mistake(
+    "states of the last drafted row",
+    ("row = accepted", "row = len(draft.tokens)"))
+decode.mistake(
+    "states of the row before",
+    ("row = accepted", "row = max(accepted - 1, 0)"))
+decode.mistake(
+    "states of the pending row",
+    ("row = accepted", "row = 0"))
+decode.mistake(
+    "begin not called",
+    ("drafter.begin(text, hidden)", "pass"))
+decode.mistake(
+    "begin called without the prompt's states",
+    ("drafter.begin(text, hidden)", "drafter.begin(text, None)"))
+decode.mistake(
+    "begin called in every cycle",
+    ("        with text.timed(\"draft\")",
+     "        drafter.begin(text, hidden)\n        with text.timed(\"draft\")"))
+decode.mistake(
+    "the drafter told before the tokens are written",
+    ("drafter.observe(text, outcome)", "pass"),
+    ("        new = [", "        drafter.observe(text, outcome)\n        new = ["))
+decode.mistake(
+    "the drafter told nothing",
+    ("drafter.observe(text, outcome)", "pass"))
+decode.mistake(
+    "the drafter told after the last token too",
+    ("            if text.is_finished:",
+     "            if text.is_finished:\n                drafter.observe(text, outcome)"))
+decode.mistake(
+    "the bonus counted in the Outcome",
+    ("Outcome(draft, accepted,", "Outcome(draft, accepted + 1,"))
+decode.mistake(
+    "no times for the drafter",
+    ("hidden, text.laps)", "hidden, {})"))
+decode.mistake(
+    "counts the bonus as accepted",
+    ("stats.accepted += accepted", "stats.accepted += accepted + 1"))
+decode.mistake(
+    "all tokens of an accepted draft counted as the draft's",
+    ("append(i < accepted)", "append(accepted > 0)"))
+decode.mistake(
+    "cycles counted after the drafter is told",
+    ("stats.cycles += 1\n", "first = stats.cycles == 0\n"),
+    ("if stats.cycles > 0:", "if stats.new_tokens:"),
+    ("observe(text, outcome)", "observe(text, outcome)\n                stats.cycles += 1"))
+
+
+# ---------------------------------------------------------------------------- the drafter
+
+@solves("speculative.FixedSet.propose")
+def fixed_propose(self, text, most):
+    length = min(self.draft_length, most)
+    if self.skip is None:
+        return speculative.Draft([], [])
+
+    def go_on(confidence):
+        return not confidence < self.exit_threshold
+
+    return speculative.draft_by_skipping(text, self.skip, length, go_on)
+
+
+fixed_propose.mistake(
+    "a draft by no choice of layers",
+    ("        return speculative.Draft([], [])",
+     "        return speculative.draft_by_skipping(text, (), length)"))
+fixed_propose.mistake(
+    "drafts to the end of the room",
+    ("min(self.draft_length, most)", "most"))
+fixed_propose.mistake(
+    "more than there is room for",
+    ("min(self.draft_length, most)", "self.draft_length"))
+fixed_propose.mistake(
+    "the threshold itself handed on",
+    ("length, go_on)", "length, self.exit_threshold)"))
+fixed_propose.mistake(
+    "drafts on while unsure",
+    ("not confidence", "confidence"))
+fixed_propose.mistake(
+    "ends at the threshold itself",
+    ("confidence < ", "confidence <= "))
+fixed_propose.mistake(
+    "threshold ignored",
+    ("length, go_on)", "length)"))
+
+
+@solves("speculative.Clasp.begin")
+def begin(self, text, hidden):
+    if hidden is None:
+        self.skip = None
+    else:
+        self.choose_layers(text, hidden)
+
+
+begin.mistake(
+    "the last text's set kept",
+    ("self.skip = None", "pass"))
+begin.mistake(
+    "no DP after the prefill",
+    ("self.choose_layers(text, hidden)", "self.skip = None"))
+
+
+@solves("speculative.Clasp.observe")
+def observe(self, text, outcome):
+    cycles = text.stats.cycles
+    due = not cycles % self.opt_interval
+    if due or self.skip is None:
+        self.choose_layers(text, outcome.hidden)
+
+
+observe.mistake(
+    "interval counted in tokens",
+    ("text.stats.cycles", "text.stats.new_tokens"))
+observe.mistake(
+    "interval counted from the next cycle on",
+    ("text.stats.cycles", "text.stats.cycles - 1"))
+observe.mistake(
+    "DP in every cycle",
+    ("due = not cycles % self.opt_interval", "due = True"))
+observe.mistake(
+    "DP only after the prefill",
+    ("due = not cycles % self.opt_interval", "due = False"))
+observe.mistake(
+    "a prompt of one token forgotten",
+    ("due or self.skip is None", "due"))
+
+
+@solves("speculative.Clasp.choose_layers")
+def choose_layers(self, text, hidden):
+    select = functools.partial(speculative.select_layers, smallest=self.budget)
+    selection = speculative.optimize(text.model, text.cache, hidden, self.budget, select)
+    [self.skip] = selection.skip_sets
+    text.stats.optimizations += 1
+    text.stats.skip_sets.append((text.stats.new_tokens, self.skip))
+
+
+choose_layers.mistake(
+    "the set of a smaller budget",
+    (", self.budget, select)", ", self.budget)"),
+    ("[self.skip] = selection.skip_sets", "self.skip = selection.skip_sets[-2]"))
+choose_layers.mistake(
+    "the set for budget 0",
+    (", self.budget, select)", ", self.budget)"),
+    ("[self.skip] = selection.skip_sets", "self.skip = selection.skip_sets[0]"))
+choose_layers.mistake(
+    "half the layers whatever M is",
+    ("hidden, self.budget, select)", "hidden, len(hidden) // 2 - 1, select)"),
+    ("smallest=self.budget", "smallest=len(hidden) // 2 - 1"))
+choose_layers.mistake(
+    "a set noted before it is chosen",
+    ("    select =", "    before = self.skip\n    select ="),
+    ("new_tokens, self.skip))", "new_tokens, before or frozenset()))"))
+choose_layers.mistake(
+    "runs not counted",
+    ("text.stats.optimizations += 1", "pass"))
+choose_layers.mistake(
+    "sets noted by the cycle",
+    ("text.stats.new_tokens", "text.stats.cycles"))
+choose_layers.mistake(
+    "states averaged over the layers",
+    ("hidden, self.budget, select)", "hidden.mean(0), self.budget, select)"))

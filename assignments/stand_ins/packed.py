@@ -1,0 +1,8 @@
+"""In the project this file makes products of few rows faster, and shows how a norm is written.
+
+Here it changes nothing.
+"""
+
+
+def pack(model):
+    return model

@@ -1,0 +1,207 @@
+"""The paper's table and figures, measured on your machine and model.
+
+    pip install optuna matplotlib             the searches of Self-SD and SWIFT; the figures
+    python -m bench                           the table: bundled model, our own prompts
+    python -m bench --figures results/figures the figures of the paper's §3 and §5, and two more
+    python -m bench --speed steps.md          what each step costs (pip install transformers)
+
+Each question is decoded by all methods at once, a token of each in turn, after a warm-up, several
+times. Results of the table go to --out at once; a stopped run goes on from there.
+"""
+import argparse
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from bench import figures, steps
+from bench.methods import NAMES, new_methods
+from bench.prompts import Question, read_questions
+from bench.race import Plan, ask, interleave
+from bench.results import Results, header_of
+from bench.table import table, write_csv
+from bench.target import SHAPES, Target, load_target
+from generate import Parser, say
+from model import ModelError
+from speculative import SettingsError, require
+
+METHODS = "clasp,auto,self-sd,swift,even,random,prompt-lookup"
+FIGURE_PROMPTS = 6
+STEP_REPEATS = 9              # at least: steps are short
+RIVAL_REPEATS = 5
+
+
+# ---------------------------------------------------------------------------- arguments
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="python -m bench",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False)
+    add_model_arguments(parser)
+    add_measuring_arguments(parser)
+    add_output_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_model_arguments(parser: Parser):
+    add = parser.add_argument
+    add("--model", metavar="PATH_OR_REPO",
+        help="a folder or a Hugging Face repo id; default: the bundled model")
+    add("--synthetic", choices=list(SHAPES),
+        help="random weights of this shape instead of a model")
+    add("--residual", type=float, default=0.03, metavar="R",
+        help="synthetic: scale of what the middle layers add; 0.03: tau 4 at M 14, K 7; less: "
+             "more; default: %(default)s")
+    add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="default: float32 on the CPU, bfloat16 elsewhere")
+    add("--cuda-graphs", action="store_true",
+        help="decode through extras/cuda_graphs.py (a CPU records nothing)")
+    by_model = "default: what the model suggests, else"
+    add("--skip-layers", type=int, metavar="M", help=f"{by_model} the paper's half")
+    add("--draft-length", type=int, metavar="K", help=f"{by_model} generate.py's")
+    add("--exit-threshold", type=float, metavar="X", help=f"{by_model} generate.py's")
+    add("--opt-interval", type=int, metavar="N", help=f"{by_model} generate.py's")
+
+
+def add_measuring_arguments(parser: Parser):
+    add = parser.add_argument
+    add("--questions", type=Path, metavar="FILE",
+        help="Spec-Bench's question.jsonl; default: our own prompts")
+    add("--limit", type=int, metavar="N", help="questions of each group; default: all")
+    add("--repeat", type=int, default=3, metavar="N",
+        help="runs of everything timed; default: %(default)s")
+    add("--methods", type=words, default=METHODS, metavar="A,B,...",
+        help=f"rows of the table, of {', '.join(NAMES)}; default: all")
+    add("--temperatures", type=numbers, default="0,1", metavar="T,...",
+        help="0 is greedy; default: %(default)s")
+    add("--max-new-tokens", type=int, default=128, metavar="N",
+        help="for each question; default: %(default)s")
+    add("--seed", type=int, default=0, metavar="S",
+        help="of samples, searches and the random set; default: %(default)s")
+
+
+def add_output_arguments(parser: Parser):
+    add = parser.add_argument
+    add("--out", type=Path, default="bench.jsonl", metavar="FILE",
+        help="results, one a line; the table goes beside it as .md and .csv; default: %(default)s")
+    add("--speed", type=Path, metavar="FILE",
+        help="time the steps instead (plain, verify, draft, DP; transformers), into this Markdown "
+             "file")
+    add("--figures", type=Path, metavar="FOLDER",
+        help="draw the figures into this folder instead of the table")
+
+
+def words(text: str) -> list[str]:
+    return re.findall("[^ ,]+", text)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(number) for number in text.split(",")]
+
+
+def require_sensible(args: argparse.Namespace):
+    require(not (args.synthetic and args.model), "--synthetic or --model, not both")
+    require(args.repeat >= 1, "--repeat must be at least 1")
+    file = args.speed or args.out
+    require(file.parent.is_dir(), f"there is no folder {file.parent}")
+    if not (args.speed or args.figures):
+        require(args.out.suffix == ".jsonl",
+                "--out must end in .jsonl: the table goes beside it as .md and .csv")
+
+
+def command(argv: list[str], model: str | None) -> str:
+    """The command line that made a file, as it may be published.
+
+    Paths from elsewhere are shown by name only, and so is the model's folder.
+    """
+    shown = []
+    for word in argv:
+        option, value = re.fullmatch(r"(--[a-z-]+=)?(.*)", word, re.DOTALL).groups("")
+        is_model = value == model and Path(value).is_dir()
+        if is_model or value.startswith(("/", "~", ".")):
+            value = Path(value).resolve().name
+        shown.append(option + value)
+    return shlex.join(["python", "-m", "bench", *shown])
+
+
+# ---------------------------------------------------------------------------- what is made
+
+def make_table(target: Target, args, questions: list[Question]) -> str:
+    methods = new_methods(args.methods, target, args.seed)
+    results = Results(args.out, header_of(target, args, questions))
+    if "swift" in methods:                                 # take its search up where it was
+        for line in results.values():
+            if "search" in line:
+                methods["swift"].drafter.search.resume(line["search"])
+    prompts = ask(target, questions, args.max_new_tokens, results)
+    plan = Plan(args.max_new_tokens, args.repeat, tuple(args.temperatures), args.seed)
+    lines = interleave(target, methods, prompts, plan, results)
+    text, rows = table(target, plan, lines)
+    write_csv(args.out.with_suffix(".csv"), rows)
+    return text
+
+
+def make_figures(target: Target, args, questions: list[Question]) -> str:
+    args.figures.mkdir(parents=True, exist_ok=True)
+    shuffled = random.Random(args.seed).sample(questions, len(questions))
+    first_turns = [
+        question._replace(turns=question.turns[:1]) for question in shuffled[:FIGURE_PROMPTS]
+    ]
+    prompts = ask(target, first_turns, args.max_new_tokens, {})
+    plan = Plan(args.max_new_tokens, args.repeat, seed=args.seed)
+    names = []
+    for figure in figures.new_figures(target, prompts, plan):
+        figures.save(figure, args.figures, f"{target.name}; {target.where}")
+        say(f"  {args.figures / figure.name}.png, .csv")
+        names.append(figure.name)
+    return figures.page(target, names)
+
+
+def make_steps(target: Target, args, questions: list[Question]) -> str:
+    prompt = target.encode(questions[-1].turns[:1])
+    seconds = steps.step_seconds(target, prompt, max(args.repeat, STEP_REPEATS))
+    rivals = steps.rival_seconds(target, prompt[:steps.START], max(args.repeat, RIVAL_REPEATS))
+    return steps.report(target, len(prompt), seconds, rivals)
+
+
+@torch.inference_mode()
+def run(argv: list[str]):
+    args = arguments(argv)
+    require_sensible(args)
+    questions = read_questions(args.questions, args.limit)
+    target = load_target(args)
+    say(f"{target.name}; {target.where}; {target.settings}")
+    if args.speed:
+        path = args.speed
+        text = make_steps(target, args, questions)
+    elif args.figures:
+        path = args.figures / "figures.md"
+        text = make_figures(target, args, questions)
+    else:
+        path = args.out.with_suffix(".md")
+        text = make_table(target, args, questions)
+    text += f"\nMade by `{command(argv, args.model)}`.\n"
+    path.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0; 2 for a user's mistake, said in one line; 130 after Ctrl-C."""
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+        return 0
+    except (ModelError, SettingsError, ImportError, OSError) as error:
+        say("bench: " + " ".join(str(error).split()))
+        return 2
+    except KeyboardInterrupt:
+        say("\nbench: stopped; the same command goes on with its table from here")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

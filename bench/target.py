@@ -1,0 +1,156 @@
+"""The model that is measured, how it reads questions, and the settings that CLaSp uses on it."""
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from checkpoint import (
+    BUNDLED,
+    Tokenizer,
+    empty_model,
+    find_folder,
+    load_model,
+    suggested_settings,
+)
+from extras.cuda_graphs import GraphedLlama
+from extras.exact import exact_width
+from extras.packed import bytes_read, pack
+from generate import choose_device
+from model import Config, Llama
+from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, Clasp
+
+# Models that are measured without their weights: true speed, a text that is noise.
+SHAPES = {
+    "llama3.2-1b": Config(
+        vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=8192,
+        tie_word_embeddings=True),
+    "llama3.2-3b": Config(
+        vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
+        num_attention_heads=24, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192,
+        tie_word_embeddings=True),
+    "llama3-8b": Config(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192),
+    "llama3-70b": Config(
+        vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192),
+}
+SETTINGS = ("skip_layers", "draft_length", "exit_threshold", "opt_interval")
+
+
+@dataclass
+class Target:
+    name: str
+    model: Llama | GraphedLlama
+    tokenizer: Tokenizer | None         # None: random weights, for which a word is a token
+    settings: dict                      # of ``speculative.Clasp``
+    bytes_read: int = 0                 # of weights, for one token
+    fingerprint: float = 0.0            # of the weights: results belong to one model
+
+    def __post_init__(self):
+        Clasp(self.model, **self.settings)                # refuses what is out of range
+
+    @property
+    def layers(self) -> int:
+        return len(self.model.layers)
+
+    @property
+    def draft_length(self) -> int:
+        return self.settings["draft_length"]
+
+    @property
+    def stop(self) -> set[int]:
+        return self.tokenizer.stop if self.tokenizer else set()
+
+    @cached_property
+    def width(self) -> int | None:
+        """Rows of a pass of the whole model in which CLaSp is exact to the last bit.
+
+        None: no number of rows is, on this machine. Then passes are not padded.
+        """
+        return exact_width(self.model, self.draft_length + 1)
+
+    @property
+    def has_graphs(self) -> bool:
+        return isinstance(self.model, GraphedLlama)
+
+    @property
+    def where(self) -> str:
+        """Machine, dtype and PyTorch, for the head of a table."""
+        if self.model.device.type == "cuda":
+            machine = torch.cuda.get_device_name(self.model.device)
+        else:
+            kind = torch.backends.cpu.get_cpu_capability()
+            machine = f"{torch.get_num_threads()} threads of a CPU with {kind}"
+        dtype = str(self.model.embed.weight.dtype).removeprefix("torch.")
+        return f"{machine}, {dtype}, torch {torch.__version__}"
+
+    def encode(self, turns: list[str]) -> list[int]:
+        """Token ids of a conversation, in the model's chat template if it has one."""
+        if self.tokenizer is None:
+            words = " ".join(turns).split()
+            return [zlib.crc32(word.encode()) % self.model.config.vocab_size for word in words]
+        return self.tokenizer.encode(turns, self.tokenizer.has_chat_template)
+
+    def decode(self, tokens: list[int]) -> str:
+        return str(tokens) if self.tokenizer is None else self.tokenizer.decode(tokens)
+
+
+def load_target(args) -> Target:
+    """The model that the command line names, ready to be measured.
+
+    args: has ``model``, ``synthetic``, ``residual``, ``device``, ``dtype``, ``cuda_graphs`` and the
+    four settings of CLaSp. What is None is as the model suggests, else the default.
+    """
+    device, dtype = choose_device(args.device, args.dtype)
+    if args.synthetic:
+        folder = None
+        tokenizer = None
+        model = synthetic(SHAPES[args.synthetic], args.residual, device, dtype)
+        name = (f"{args.synthetic} with RANDOM WEIGHTS (residual {args.residual}; the text is "
+                "noise)")
+    else:
+        folder = find_folder(args.model or str(BUNDLED))
+        tokenizer = Tokenizer(folder)
+        model = load_model(folder, device, dtype)
+        name = folder.resolve().name
+    pack(model)
+    settings = clasp_settings(len(model.layers), suggested_settings(folder), args)
+    read = bytes_read(model)
+    fingerprint = model.embed.weight[::97].double().sum().item()
+    if args.cuda_graphs:
+        model = GraphedLlama(model)
+    return Target(name, model, tokenizer, settings, read, fingerprint)
+
+
+def clasp_settings(layers: int, suggested: dict, args) -> dict:
+    """What was typed, else what the model suggests, else the paper's half and the defaults."""
+    settings = {
+        "skip_layers": layers // 2,
+        "draft_length": DRAFT_LENGTH,
+        "exit_threshold": EXIT_THRESHOLD,
+        "opt_interval": OPT_INTERVAL,
+    }
+    typed = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    return settings | suggested | typed
+
+
+def synthetic(config: Config, residual: float, device, dtype) -> Llama:
+    """Random weights of a shape.
+
+    residual: scales what all layers but the first two and the last two add to the stream. The
+        smaller it is, the less it matters which of them are skipped: it sets the acceptance.
+    """
+    model = empty_model(config, device, dtype)
+    torch.manual_seed(0)
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.fill_(1)
+        else:
+            weight.normal_(std=weight.shape[1] ** -0.5)
+    for layer in model.layers[2:-2]:
+        layer.o.weight.mul_(residual)
+        layer.down.weight.mul_(residual)
+    return model

@@ -1,0 +1,55 @@
+"""Is this checkout as fast as another one, say, of the commit before?
+
+    git worktree add ../before HEAD~1
+    python tools/race_checkouts.py ../before --rounds 15 -- --model MODEL --draft-length 3
+
+Runs ``generate.py --temperature 0 --compare --json`` of both in turn, a process each, and prints
+the median of this one's speed over the other's, round by round: of CLaSp, and of plain decoding.
+What stands after ``--`` is handed on to both. Use it on a quiet machine, and look at the quartiles.
+"""
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[1]
+
+
+def speeds(checkout: Path, options: list[str]) -> dict[str, float]:
+    """Tokens a second of CLaSp and of plain decoding, in a process of its own."""
+    command = [sys.executable, str(checkout / "generate.py"), "--temperature", "0", "--compare",
+               "--json", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"race_checkouts.py: {checkout}: {done.stderr.strip()}")
+    answer = json.loads(done.stdout)
+    return {
+        "CLaSp": answer["stats"]["tokens_per_second"],
+        "plain decoding": answer["autoregressive"]["tokens_per_second"],
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("other", type=Path, help="a checkout of another commit")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("options", nargs="*", help="handed on to both, after --")
+    args = parser.parse_args()
+    ratios = {"CLaSp": [], "plain decoding": []}
+    for round_number in range(args.rounds):
+        checkouts = [HERE, args.other]
+        if round_number % 2:                               # who is first may matter
+            checkouts.reverse()
+        found = {checkout: speeds(checkout, args.options) for checkout in checkouts}
+        for name, values in ratios.items():
+            values.append(found[HERE][name] / found[args.other][name])
+    for name, values in ratios.items():
+        low, median, high = statistics.quantiles(values, n=4)
+        print(f"{name}: {median:.3f} of the other's speed (quartiles {low:.3f} to {high:.3f}, "
+              f"{len(values)} rounds)")
+
+
+if __name__ == "__main__":
+    main()
