@@ -41,7 +41,7 @@ FILES = [                     # what is downloaded of a repository
 # ---------------------------------------------------------------------------- finding it
 
 def find_folder(name: str) -> Path:
-    """The folder of this name, or that of a Hugging Face repo id ("owner/name"), downloaded once."""
+    """The folder of this name; or of a Hugging Face repo id ("owner/name"), downloaded once."""
     try:
         folder = Path(name).expanduser()
         if folder.is_dir():
@@ -81,6 +81,8 @@ def read_json(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
+        if not path.is_file():                         # reading a pipe would wait for ever
+            raise OSError("not a file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON ({error})") from None
@@ -124,6 +126,8 @@ def read_config(folder: Path) -> Config:
         scaling = None
         if rope_type == "llama3":
             scaling = {name: positive(name, rope[name]) for name in LLAMA3_SCALING}
+            if scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+                raise ValueError("high_freq_factor must be more than low_freq_factor")
         # Fields that are missing have transformers' defaults.
         theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
         return Config(
@@ -298,8 +302,8 @@ def refuse_impossible_sizes(folder: Path, config: Config, files: list[Path]):
     weights = c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
     stored = sum(path.stat().st_size for path in files)
     if weights > stored:
-        raise ModelError(f"{folder / 'config.json'}: its sizes imply {weights:.3g} weights, and the "
-                         f"weight files have {stored:.3g} bytes")
+        raise ModelError(f"{folder / 'config.json'}: its sizes imply {weights:.3g} weights, and "
+                         f"the weight files have {stored:.3g} bytes")
 
 
 def fill(wanted: dict[str, Tensor], name: str, tensor: Tensor, path: Path):
@@ -326,6 +330,8 @@ class Tokenizer:
     def __init__(self, folder: Path):
         from tokenizers import Tokenizer as Library
         try:
+            if not (folder / "tokenizer.json").is_file():
+                raise OSError("no such file")
             self.library = Library.from_file(str(folder / "tokenizer.json"))
         except Exception as error:                     # the library raises bare Exception
             raise ModelError(f"{folder / 'tokenizer.json'}: missing or unreadable "
@@ -430,7 +436,7 @@ def sandbox():
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %} ... {% endgeneration %} marks the model's words, for training. Ignored."""
+        """{% generation %} ... {% endgeneration %} marks what to train on: ignored here."""
         tags = {"generation"}
 
         def parse(self, parser):

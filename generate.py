@@ -10,6 +10,7 @@ wide a pass) and printing. The drafter is speculative.Clasp if the settings are 
 suggests some, as the bundled one does; else extras.auto.Auto, which chooses them itself.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -126,18 +127,26 @@ def add_output_arguments(parser: Parser):
 
 
 def read_prompt(args: argparse.Namespace) -> str:
+    reads_stdin = args.prompt_file == "-"
+    require(not reads_stdin or sys.stdin is not None,
+            "cannot read the prompt: standard input is closed")
     try:
         if args.prompt_file is None:
             prompt = args.prompt
-        elif args.prompt_file == "-":
-            prompt = sys.stdin.read()
+            prompt.encode()                            # fails if the shell gave no UTF-8
+        elif reads_stdin:
+            prompt = as_text(sys.stdin.buffer.read())
         else:
-            prompt = Path(args.prompt_file).read_text(encoding="utf-8")
-        prompt.encode()                                # bytes that were no UTF-8 fail here
-    except (OSError, UnicodeError) as error:
+            prompt = as_text(Path(args.prompt_file).read_bytes())
+    except (OSError, ValueError) as error:             # ValueError: no UTF-8, or NUL in a name
         raise SettingsError(f"cannot read the prompt: {error}") from None
     require(prompt.strip(), "the prompt is empty")
     return prompt
+
+
+def as_text(data: bytes) -> str:
+    """UTF-8, without a byte order mark; line ends stay as they are."""
+    return data.decode("utf-8-sig")
 
 
 def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
@@ -220,11 +229,15 @@ class Decoder:
         return exact_width(self.model, self.draft_length + 1)
 
     @property
+    def wants_exact(self) -> bool:
+        if self.args.exact is not None:
+            return self.args.exact
+        return not (self.is_auto and self.model.embed.weight.dtype == torch.float32)
+
+    @property
     def width(self) -> int | None:
-        exact = self.args.exact
-        if exact is None:
-            exact = not (self.is_auto and self.model.embed.weight.dtype == torch.float32)
-        return self.exact_width if exact else None
+        """Rows of a pass of the whole model; None: as needed."""
+        return self.exact_width if self.wants_exact else None
 
     def write(self, prompt: list[int], stats: Stats) -> Iterator[int]:
         """Tokens by the method that was asked for."""
@@ -260,7 +273,10 @@ class Decoder:
 # ---------------------------------------------------------------------------- printing
 
 def say(line: str, end="\n"):
-    print(line, file=sys.stderr, end=end, flush=True)
+    """To standard error. If that is closed or full, the text itself goes on."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, end=end, flush=True)
 
 
 def show(pieces: Iterator[str], stats: Stats, colour: bool):
@@ -281,7 +297,8 @@ def write_text(args, prompt_text: str, pieces: Iterator[str], stats: Stats) -> t
                 gathered.append(piece)
         else:
             first = next(pieces, "")                   # refusals come here, before any output
-            if sys.stderr.isatty() and not args.chat:  # so that a terminal shows prompt and text
+            on_terminal = sys.stderr is not None and sys.stderr.isatty()
+            if on_terminal and not args.chat:          # it then shows prompt and text together
                 say(f"{DIM}{prompt_text}{PLAIN}", end="")
             show(itertools.chain((first,), pieces), stats, args.show_drafts)
     except KeyboardInterrupt:                          # the text so far stays
@@ -322,8 +339,9 @@ def report_clasp(stats: Stats, layers: int):
     say(f"  time: {shares}; {stats.cycles} cycles, {stats.optimizations} optimisations")
 
 
-def as_json(args, model: Llama, prompt: list[int], text: str, stats: Stats) -> dict:
-    weight = model.embed.weight
+def as_json(decoder: "Decoder", prompt: list[int], text: str, stats: Stats) -> dict:
+    args = decoder.args
+    weight = decoder.model.embed.weight
     names = [
         "new_tokens", "seconds", "prefill_seconds", "tokens_per_second", "cycles", "tau", "drafted",
         "accepted", "acceptance_rate", "optimizations", "draft_seconds", "verify_seconds",
@@ -338,6 +356,7 @@ def as_json(args, model: Llama, prompt: list[int], text: str, stats: Stats) -> d
         "model": args.model,
         "device": str(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
+        "exact": args.method == "clasp" and decoder.width is not None,
         "stats": {
             **{name: getattr(stats, name) for name in names},
             "skipped_layers": sorted(last_set),
@@ -366,9 +385,12 @@ def compare(decoder: Decoder, prompt: list[int], stats: Stats) -> dict:
         difference = explain_difference(decoder, prompt, stats.tokens, plain.tokens, cache)
         same = difference["identical_at_same_width"]
         verdict = (f"no, from new token {difference['new_token']} on, where the two likeliest "
-                   f"tokens' logits lay {difference['logit_gap']:.2g} apart; identical to plain "
-                   "decoding in passes of the same width: "
-                   f"{'yes, so rounding chose' if same else 'no'}")
+                   f"tokens' logits lay {difference['logit_gap']:.2g} apart; ")
+        if same is None:
+            verdict += "its passes were of many widths, which round differently (see --exact)"
+        else:
+            verdict += ("identical to plain decoding in passes of the same width: "
+                        f"{'yes, so rounding chose' if same else 'no'}")
         explanation = {"difference": difference}
     say(f"autoregressive: {plain.new_tokens} tokens in {plain.seconds:.2f} s, "
         f"{plain.tokens_per_second:.1f} tokens/s")
@@ -388,8 +410,8 @@ def explain_difference(
 ) -> dict:
     """Where two greedy texts part, how close the choice was there, and whether rounding made it.
 
-    If so the tokens are those of plain decoding in passes as wide as CLaSp's, as they must be with
-    --exact. cache: plain decoding's.
+    If so the tokens are those of plain decoding in passes as wide as CLaSp's; this is not known if
+    those had no one width. cache: plain decoding's.
     """
     pairs = enumerate(zip(tokens, plain))
     at = next(i for i, (a, b) in pairs if a != b)
@@ -397,13 +419,16 @@ def explain_difference(
     text = [*prompt, *plain]
     _, logits = full_pass(decoder.model, cache, text[cache.length:cache.length + 1], None)
     first, second = logits[0].float().topk(2).values.tolist()
-    same = list(decoder.plain(prompt, Stats(), width=decoder.exact_width)) == tokens
+    same = None
+    if decoder.width is not None:
+        same = list(decoder.plain(prompt, Stats(), width=decoder.width)) == tokens
     return {"new_token": at, "logit_gap": first - second, "identical_at_same_width": same}
 
 
 # ---------------------------------------------------------------------------- running
 
 def run(args: argparse.Namespace) -> int:
+    require(sys.stdout is not None, "standard output is closed")
     prompt_text = read_prompt(args)
     device, dtype = choose_device(args.device, args.dtype)
     require(device.type == "cuda" or not args.cuda_graphs,
@@ -413,6 +438,8 @@ def run(args: argparse.Namespace) -> int:
     prompt = tokenizer.encode(prompt_text, args.chat)
     model = prepare_model(args, folder, device, dtype)
     decoder = Decoder(args, folder, model, tokenizer.stop)
+    if args.method == "clasp" and decoder.wants_exact and decoder.width is None:
+        say("not exact: kernels here round differently by a row's place, whatever the pass's width")
     if args.compare:
         decoder.warm_up(prompt)
 
@@ -422,9 +449,13 @@ def run(args: argparse.Namespace) -> int:
     report(args, stats, len(model.layers))
     comparison = {}
     if args.compare and not interrupted:
-        comparison = compare(decoder, prompt, stats)
+        try:
+            comparison = compare(decoder, prompt, stats)
+        except KeyboardInterrupt:                      # the text is there all the same
+            say("interrupted")
+            interrupted = True
     if args.json:
-        print(json.dumps(as_json(args, model, prompt, text, stats) | comparison))
+        print(json.dumps(as_json(decoder, prompt, text, stats) | comparison), flush=True)
     return 130 if interrupted else 0
 
 
@@ -447,8 +478,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:                            # the reader has gone: say nothing more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_output()
         return 141
+    except OSError as error:
+        silence_output()
+        say(f"generate.py: cannot write the output: {error.strerror or error}")
+        return 2
+
+
+def silence_output():
+    """What Python still wants to write when it ends goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -456,5 +496,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")           # some terminals have no UTF-8
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")       # some terminals have no UTF-8
     sys.exit(main())

@@ -81,7 +81,7 @@ PROBLEMS = {
         "speculative.draft_by_skipping",
         "speculative.checked_draft",
         "speculative.decode",
-        "speculative.FixedSet.propose",
+        "speculative.SkippingDrafter.propose",
         "speculative.Clasp.begin",
         "speculative.Clasp.observe",
         "speculative.Clasp.choose_layers",

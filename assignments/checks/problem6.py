@@ -158,7 +158,7 @@ def exits():
 # ---------------------------------------------------------------------------- room for a draft
 
 def ask(length: int, left: int, *, width: int | None = None, extra: int = 0):
-    """The student's propose, with a drafter that drafts as much as it may, and ``extra`` tokens.
+    """The student's checked_draft, over a drafter that drafts what it may, and ``extra`` tokens.
 
     length: tokens in the cache. left: tokens still to write. The draft moves cache.length.
     """
@@ -191,7 +191,7 @@ def room():
               "After a draft the cache is as before: what the draft left there is scratch",
               f"{example}: cache.length")
         if seen.draft is not None and seen.got != seen.draft:
-            raise PropertyError("propose returns the drafter's draft as it is", example)
+            raise PropertyError("checked_draft returns the drafter's draft as it is", example)
     for length, width in ((3, 2), (3, 5), (0, 1)):
         equal(ask(length, 9, width=width).most, width - 1,
               "With a width the pending token and the draft fill one pass at most",
@@ -206,10 +206,10 @@ def room():
                   f"BLOCK = 8, {length} tokens in the cache, 20 still to write, width 12: most")
     try:
         ask(3, 4, extra=1)
-    except speculative.SettingsError:
+    except ValueError:
         return
     raise PropertyError(
-        "A draft of more tokens than there is room for is refused with a SettingsError (require)",
+        "A draft of more tokens than there is room for is refused with a ValueError",
         "room for 3 tokens, 4 drafted: nothing was raised")
 
 
@@ -268,7 +268,7 @@ def scripted_drafter(played: Played, chance: random.Random):
 
 @contextlib.contextmanager
 def scripted(played: Played, count: int, script: list[int], chance: random.Random):
-    """Acceptance by a script, and propose without its checks."""
+    """Acceptance by a script, and checked_draft without its checks."""
     import speculative
     turns = iter(script)
 
@@ -287,7 +287,7 @@ def scripted(played: Played, count: int, script: list[int], chance: random.Rando
         played.judged.append(SimpleNamespace(drafted=list(drafted), q=list(q), p=p))
         return judge(drafted)
 
-    def propose(drafter, text):
+    def checked_draft(drafter, text):
         length = text.cache.length
         left = count - len(played.tokens)
         draft = drafter.propose(text, max(left - 1, 0))
@@ -295,7 +295,7 @@ def scripted(played: Played, count: int, script: list[int], chance: random.Rando
         return draft
 
     with contextlib.ExitStack() as stack:
-        for double in (accept_greedy, accept_sampled, propose):
+        for double in (accept_greedy, accept_sampled, checked_draft):
             stack.enter_context(mock.patch.object(speculative, double.__name__, double))
         yield
 
@@ -355,7 +355,8 @@ def written():
                 for cycle, one in enumerate(played.judged):
                     if len(one.drafted) >= count - before:
                         raise PropertyError(
-                            "The drafter is asked (by propose) for no more than there is room for",
+                            "The drafter is asked, by checked_draft, for no more than there is "
+                            "room for",
                             f"{example}, cycle {cycle}: {count - before} tokens left to write, "
                             f"{len(one.drafted)} drafted")
                     before += played.accepted[cycle] + 1
@@ -598,7 +599,8 @@ def drafted():
             got = drafter.propose(text_of([1, 2]), most)
             example = f"skip {{1, 2}}, K = {length}, room for {most}"
             if got is not seen.draft:
-                raise PropertyError("FixedSet.propose returns what draft_by_skipping does", example)
+                raise PropertyError(
+                    "SkippingDrafter.propose returns what draft_by_skipping does", example)
             one = seen.drafts[-1]
             equal(one.skip, frozenset({1, 2}),
                   "The draft leaves out the drafter's set", f"{example}: skip")
@@ -614,7 +616,7 @@ def drafted():
                   [False, True, True],
                   "go_on(confidence) is true unless the confidence is below exit_threshold",
                   f"{example}, exit_threshold 0.5: go_on at 0.499, 0.5 and 0.501")
-        drafter = speculative.FixedSet(None, 3, 0.0)
+        drafter = speculative.SkippingDrafter(3, 0.0)
         got = drafter.propose(text_of([1]), 9)
         require_draft(got, "propose", "skip None")
         equal((got.tokens, len(seen.drafts)), ([], 4),
@@ -640,6 +642,7 @@ def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
         happened.skips.append(seen.drafts[-1].skip if len(seen.drafts) > drafts else None)
         text.stats.cycles += 1
         text.stats.tokens += [0, 0]
+        nothing = speculative.Draft([], [])
         told = torch.full((LAYERS + 1, VOCABULARY), float(cycle))
         runs = len(seen.runs)
         drafter.observe(text, speculative.Outcome(speculative.NO_DRAFT, 1, told, {}))

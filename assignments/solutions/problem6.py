@@ -75,7 +75,7 @@ draft_by_skipping.mistake(
 
 
 @solves("speculative.checked_draft")
-def propose(drafter, text):
+def checked_draft(drafter, text):
     n = text.cache.length
     left = text.end - len(text.tokens)
     limits = [left - 1]
@@ -85,27 +85,28 @@ def propose(drafter, text):
         limits.append(behind - 1)
     most = min(limits)
     draft = drafter.propose(text, most)
-    speculative.require(len(draft.tokens) <= most, "too long a draft")
+    if not len(draft.tokens) <= most:
+        raise ValueError("too long a draft")
     text.cache.length = n
     return draft
 
 
-propose.mistake(
+checked_draft.mistake(
     "not rolled back",
     ("text.cache.length = n", "pass"))
-propose.mistake(
+checked_draft.mistake(
     "drafts past the end",
     ("[left - 1]", "[left]"))
-propose.mistake(
+checked_draft.mistake(
     "a cycle across two blocks",
     ("limits.append(behind - 1)", "pass"))
-propose.mistake(
+checked_draft.mistake(
     "a block's last slot left free",
     ("behind - 1", "behind - 2"))
-propose.mistake(
+checked_draft.mistake(
     "more rows than the width",
     ("text.width - 1", "text.width"))
-propose.mistake(
+checked_draft.mistake(
     "too long a draft let through",
     ("<= most", "<= most + 1"))
 
@@ -257,8 +258,8 @@ decode.mistake(
 
 # ---------------------------------------------------------------------------- the drafter
 
-@solves("speculative.FixedSet.propose")
-def fixed_propose(self, text, most):
+@solves("speculative.SkippingDrafter.propose")
+def skipping_propose(self, text, most):
     length = min(self.draft_length, most)
     if self.skip is None:
         return speculative.Draft([], [])
@@ -269,26 +270,26 @@ def fixed_propose(self, text, most):
     return speculative.draft_by_skipping(text, self.skip, length, go_on)
 
 
-fixed_propose.mistake(
+skipping_propose.mistake(
     "a draft by no choice of layers",
     ("        return speculative.Draft([], [])",
      "        return speculative.draft_by_skipping(text, (), length)"))
-fixed_propose.mistake(
+skipping_propose.mistake(
     "drafts to the end of the room",
     ("min(self.draft_length, most)", "most"))
-fixed_propose.mistake(
+skipping_propose.mistake(
     "more than there is room for",
     ("min(self.draft_length, most)", "self.draft_length"))
-fixed_propose.mistake(
+skipping_propose.mistake(
     "the threshold itself handed on",
     ("length, go_on)", "length, self.exit_threshold)"))
-fixed_propose.mistake(
+skipping_propose.mistake(
     "drafts on while unsure",
     ("not confidence", "confidence"))
-fixed_propose.mistake(
+skipping_propose.mistake(
     "ends at the threshold itself",
     ("confidence < ", "confidence <= "))
-fixed_propose.mistake(
+skipping_propose.mistake(
     "threshold ignored",
     ("length, go_on)", "length)"))
 
