@@ -106,8 +106,7 @@ def add_clasp_arguments(parser: Parser):
         help=f"cycles between choices of the layers; {by_model} {OPT_INTERVAL}")
     add("--exact", action=argparse.BooleanOptionalAction, default=None,
         help="all passes in one shape: greedy text is that of plain decoding in such passes, to "
-             "the last bit; --no-exact saves the padding; default: yes, but with auto only in 16 "
-             "bits, where texts part soon otherwise")
+             "the last bit; --no-exact saves the padding; default: yes, but not with auto")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="default: float32 on the CPU, bfloat16 elsewhere")
@@ -230,9 +229,7 @@ class Decoder:
 
     @property
     def wants_exact(self) -> bool:
-        if self.args.exact is not None:
-            return self.args.exact
-        return not (self.is_auto and self.model.embed.weight.dtype == torch.float32)
+        return not self.is_auto if self.args.exact is None else self.args.exact
 
     @property
     def width(self) -> int | None:

@@ -367,6 +367,7 @@ class SkippingDrafter(Drafter):
         self.exit_threshold = exit_threshold
 
     def propose(self, text: Text, most: int) -> Draft:
+        """At most K tokens, by the layers that are not in ``skip``; none before it is chosen."""
         if self.skip is None:
             return NO_DRAFT
         go_on = self.is_sure if self.exit_threshold > 0 else None
@@ -416,15 +417,18 @@ class Clasp(SkippingDrafter):
         super().__init__(draft_length, exit_threshold)
 
     def begin(self, text: Text, hidden: Tensor | None):
+        """Choose layers by the prompt's states, if they are known."""
         self.skip = None
         if hidden is not None:
             self.choose_layers(text, hidden)
 
     def observe(self, text: Text, outcome: Outcome):
+        """Choose layers anew every ``opt_interval`` cycles; after the first if ``begin`` could not."""
         if self.skip is None or text.stats.cycles % self.opt_interval == 0:
             self.choose_layers(text, outcome.hidden)
 
     def choose_layers(self, text: Text, hidden: Tensor):
+        """Run the DP for the one budget M, and note its set in the statistics."""
         select = partial(select_layers, smallest=self.budget)
         self.skip = optimize(text.model, text.cache, hidden, self.budget, select).skip_sets[-1]
         text.stats.optimizations += 1

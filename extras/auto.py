@@ -11,7 +11,7 @@ On the models measured, the share of draft tokens that the whole model rejects i
 
     a(M) = 1 - s d(M)       the chance that a drafted token is accepted
     E = 1 + a + ... + a^k   tokens expected of a cycle that drafts k
-    T = k t(M) + v          its time: k draft tokens at t(M) each, and a verify pass
+    T = k t(M) + v(k+1)     its time: k draft tokens at t(M) each, and a verify pass of k+1 rows
 
 and M and k are those of the largest E / T. If that is below one token in the time of a plain step,
 nothing is drafted. Now and then drafting is tried again: when what the attempt is expected to lose
@@ -56,8 +56,10 @@ SHORTEST_INTERVAL = 8
 LONGEST_INTERVAL = 512
 NEAREST = 1e-2                # no distance counts as less: cosines are rounded
 
-# Times in plain steps, before any is measured. "draft" is a token with nothing skipped.
+# Times in plain steps, before any is measured. "draft" is a token with nothing skipped, "verify" a
+# pass of VERIFY_ROWS rows.
 SHAPE = {"draft": 1.0, "plain": 1.0, "verify": 1.2, "optimize": 1.5}
+VERIFY_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ class Auto(Drafter):
         if self.confidences:
             share = self.costs.share(self.choice.budget / self.layers)
             self.costs.note("draft", seconds["draft"] / len(self.confidences), share)
-            self.costs.note("verify", seconds["verify"])
+            self.costs.note_verify(seconds["verify"], rows=len(self.confidences) + 1)
             self.learn(outcome.accepted)
             self.choose()
         else:
@@ -146,15 +148,19 @@ class Auto(Drafter):
     def choose(self):
         """The budget and draft length of the highest expected rate."""
         self.times = self.costs.current()
+        lengths = range(1, self.draft_length + 1)
+        verify_times = [self.costs.verify_time(length + 1, self.times) for length in lengths]
         best = Choice()
         for budget in self.sets:
             acceptance = 1 - self.rejection(budget)
             draft_time = self.draft_time(budget)
             tokens = 1.0
-            seconds = self.times["verify"]
-            for length in range(1, self.draft_length + 1):
-                tokens += acceptance ** length
-                seconds += draft_time
+            for length, verify_time in zip(lengths, verify_times):
+                one_more = acceptance ** length
+                if one_more < draft_time * best.rate:        # and so for all that come after it
+                    break
+                tokens += one_more
+                seconds = length * draft_time + verify_time
                 if tokens / seconds > best.rate:
                     best = Choice(budget, length, seconds, tokens / seconds)
         self.choice = best
@@ -297,13 +303,14 @@ class Costs:
     the weights that it reads (``share``).
     """
     REMEMBERED = 15
+    ENOUGH = 3                # measurements of one size of passes, before they count
 
     def __init__(self, model: Llama, fixed: dict[str, float] | None = None):
         """fixed: {"draft": .., "plain": .., "verify": .., "optimize": ..} to be used instead."""
         self.fixed = fixed
         self.head_share = head_share(model)
         self.one_shape = False        # plain steps too are passes as wide as those that verify
-        self.last = {kind: deque(maxlen=self.REMEMBERED) for kind in SHAPE}
+        self.last = defaultdict(lambda: deque(maxlen=self.REMEMBERED))   # by kind, or (kind, rows)
         self.pace = 1.0               # how slow the machine is now, beside what it was
 
     def share(self, skipped: float) -> float:
@@ -322,6 +329,38 @@ class Costs:
             self.pace *= min(2.0, max(0.5, slower)) ** 0.2
         self.last[kind].append(full_price / self.pace)
 
+    def note_verify(self, seconds: float, rows: int):
+        """A pass of so many rows; in passes of one shape, the price of every pass."""
+        self.note("verify" if self.one_shape else ("verify", rows), seconds)
+
+    def verify_time(self, rows: int, times: dict[str, float]) -> float:
+        """Of a pass of ``rows``, by the passes nearest in size whose time is known.
+
+        Between two sizes on the line through both; a plain step is a pass of 1 row. Past the
+        largest, and before any is measured, by the guess of SHAPE (or the fixed times).
+        """
+        if self.one_shape:
+            return times["verify"]
+        slope = (times["verify"] - times["plain"]) / (VERIFY_ROWS - 1)
+        lower, lower_time = 1, times["plain"]
+        for size, time in self.known_passes():
+            if size >= rows:
+                share = (rows - lower) / (size - lower)
+                return lower_time + share * (time - lower_time)
+            lower, lower_time = size, time
+        return lower_time + slope * (rows - lower)
+
+    def known_passes(self) -> list[tuple[int, float]]:
+        """(rows, time) of the verify passes measured often enough, in order."""
+        if self.fixed:
+            return []
+        known = [
+            (kind[1], median_low(times))
+            for kind, times in self.last.items()
+            if isinstance(kind, tuple) and len(times) >= self.ENOUGH
+        ]
+        return sorted(known)
+
     def current(self) -> dict[str, float]:
         times = dict(self.fixed) if self.fixed else self.measured()
         if self.one_shape:
@@ -329,12 +368,13 @@ class Costs:
         return times
 
     def measured(self) -> dict[str, float]:
-        known = {kind: median_low(times) for kind, times in self.last.items() if times}
+        known = {kind: median_low(self.last[kind]) for kind in SHAPE if self.last[kind]}
         steps = [kind for kind in ("draft", "plain", "verify") if kind in known]
         scale = known[steps[0]] / SHAPE[steps[0]] if steps else 1.0
         times = {kind: known.get(kind, guess * scale) for kind, guess in SHAPE.items()}
         # A plain step is rarely measured while drafts pay, but bounded by what is.
-        times["plain"] = min(times["plain"], times["draft"], times["verify"])
+        passes = [time for _, time in self.known_passes()]
+        times["plain"] = min(times["plain"], times["draft"], *(passes or [times["verify"]]))
         return times
 
 

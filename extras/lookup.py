@@ -24,26 +24,36 @@ class Lookup(Drafter):
         self.indexed = 0      # tokens of the text whose runs are in ``ends``
 
     def propose(self, text: Text, most: int) -> Draft:
-        found = self.find(text.tokens)[:min(most, self.draft_length)]
+        found = self.find(text.tokens, min(most, self.draft_length))
         found = up_to_stop(found, text.stop)
         if text.temperature == 0:
             return Draft(found, [None] * len(found))
         return Draft(found, list(one_hot(found, text)))
 
-    def find(self, tokens: list[int]) -> list[int]:
+    def find(self, tokens: list[int], count: int) -> list[int]:
         """What followed the longest run of last tokens that stood before; most recently, if often.
 
-        Runs that end the text are indexed next time: nothing follows them yet.
+        Where the text ends, what was found goes on: after "la la" comes "la la la".
         """
-        for end in range(self.indexed + 1, len(tokens)):
+        end = self.last_end(tokens)
+        if end is None:
+            return []
+        copied = tokens[end:end + count]
+        while len(copied) < count:
+            copied.append(copied[len(copied) - (len(tokens) - end)])
+        return copied
+
+    def last_end(self, tokens: list[int]) -> int | None:
+        """Where the longest run of last tokens ended before. Updates the index."""
+        for end in range(self.indexed + 1, len(tokens)):         # nothing follows the last run yet
             for length in range(1, min(LONGEST, end) + 1):
                 self.ends[tuple(tokens[end - length:end])] = end
         self.indexed = max(self.indexed, len(tokens) - 1)
         for length in range(min(LONGEST, len(tokens)), 0, -1):
             end = self.ends.get(tuple(tokens[-length:]))
             if end is not None:
-                return tokens[end:]
-        return []
+                return end
+        return None
 
 
 def up_to_stop(tokens: list[int], stop) -> list[int]:

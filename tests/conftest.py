@@ -1,4 +1,4 @@
-"""What the tests share: a random model small enough to enumerate, the bundled one, perhaps a real one.
+"""What the tests share: a random model small enough to enumerate, the bundled one, a real one.
 
     python -m pytest -q tests                     what matters most of everything, in two minutes
     python -m pytest -q tests -m thorough         the rest: more examples, long texts, processes

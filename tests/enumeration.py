@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
-
 from conftest import DEVICE, random_model
+
 from speculative import Clasp, Drafter, decode, distribution
 
 NUCLEUS = {"temperature": 0.7, "top_p": 0.8}

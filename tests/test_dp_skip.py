@@ -4,8 +4,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-
 from conftest import DEVICE, feed, random_model, tokens_of, valid
+
 from dp_skip import select_layers, select_layers_plain
 from model import KVCache
 from speculative import optimize

@@ -1,17 +1,16 @@
 """Drafters: what CLaSp's does as the paper says, and why no drafter can change the text."""
 import pytest
 import torch
-
-import speculative
 from conftest import DEVICE, feed, random_model, tokens_of
 from enumeration import NUCLEUS, error_of_the_induced_distribution
+
+import speculative
 from model import KVCache
 from speculative import (
     Clasp,
     Draft,
     Drafter,
     FixedSet,
-    SettingsError,
     Stats,
     Text,
     autoregressive,
@@ -269,7 +268,7 @@ def test_a_drafter_gets_the_states_of_the_last_token_in_the_cache():
 
 
 class Hostile(Drafter):
-    """Proposes noise, moves cache.length about and writes over every slot that is not the text's."""
+    """Proposes noise, moves cache.length, and writes over every slot that is not the text's."""
 
     def __init__(self, scratch: float = 1e4, seed: int = 0):
         self.scratch = scratch
@@ -371,7 +370,7 @@ class Overeager(Drafter):
 
 
 def test_a_drafter_that_proposes_too_much_is_named():
-    with pytest.raises(SettingsError, match="an? Overeager proposed 5 tokens .* room for 4"):
+    with pytest.raises(ValueError, match="an? Overeager proposed 5 tokens .* room for 4"):
         next(decode(random_model(), [1, 2], 5, Overeager()))
 
 

@@ -1,12 +1,12 @@
 """extras/lookup.py: drafts what followed the same words before, and never changes the text."""
 import pytest
 import torch
+from conftest import DEVICE, at_length, random_model, same_bits, tokens_of, valid, width_for
+from enumeration import NUCLEUS, error_of_the_induced_distribution
 from hypothesis import given
 from hypothesis import strategies as st
 
 import extras.lookup
-from conftest import DEVICE, at_length, random_model, same_bits, tokens_of, valid, width_for
-from enumeration import NUCLEUS, error_of_the_induced_distribution
 from extras.lookup import LONGEST, Lookup
 from model import KVCache
 from speculative import Stats, Text, autoregressive, decode
@@ -35,8 +35,8 @@ def draft(tokens: list[int], length: int = 3, most: int = 100, **settings):
     ([3, 7, 1, 2, 3, 6, 2, 3], [6, 2, 3]),               # most recently: 2 3 6, not 3 7
     ([2, 3, 5, 9, 2, 3, 6, 9, 2, 3], [6, 9, 2]),         # twice before: the later one
     ([1, 2, 3, 5, 2, 3, 6, 3, 7, 1, 2, 3], [5, 2, 3]),   # the longest run, though others are later
-    ([1, 1], [1]),                                       # a run may overlap what follows it
-    ([4, 4, 4, 4], [4]),
+    ([1, 1], [1, 1, 1]),                                 # a run may overlap what follows it
+    ([4, 5, 4, 5], [4, 5, 4]),
     ([1, 2, 3], []),                                     # nothing stood before
     ([1], []),
 ], ids=str)
@@ -49,7 +49,7 @@ def what_followed(tokens: list[int], length: int) -> list[int]:
     for run in range(min(LONGEST, len(tokens)), 0, -1):
         for end in range(len(tokens) - 1, run - 1, -1):
             if tokens[end - run:end] == tokens[-run:]:
-                return tokens[end:end + length]
+                return (tokens[end:] * length)[:length]
     return []
 
 
@@ -92,7 +92,7 @@ def test_a_draft_ends_after_a_stop_token():
 
 def test_another_text_starts_with_nothing_known():
     lookup = Lookup()
-    for tokens, expected in (([1, 2, 1], [2, 1]), ([5, 1], [])):
+    for tokens, expected in (([1, 2, 1], [2, 1, 2, 1]), ([5, 1], [])):
         text = new_text(tokens)
         lookup.begin(text, None)
         assert lookup.propose(text, 9).tokens == expected

@@ -11,13 +11,13 @@ from unittest import mock
 
 import pytest
 import torch
+from conftest import at_length, random_model, same_bits, valid
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
 
 import extras.exact
 import model as model_module
 import speculative
-from conftest import at_length, random_model, same_bits, valid
 from extras.exact import exact_width
 from model import KVCache
 from speculative import (

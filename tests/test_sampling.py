@@ -8,10 +8,10 @@ import collections
 
 import pytest
 import torch
-
-import speculative
 from conftest import DEVICE, all_but, tokens_of
 from enumeration import NUCLEUS, chi_square_is_plausible, error_of_the_induced_distribution
+
+import speculative
 from speculative import (
     Clasp,
     Draft,
@@ -145,7 +145,7 @@ def probabilities(model, text: list[int], skip, temperature, top_p) -> torch.Ten
 
 
 def bins(p, order, written, chance) -> list[int]:
-    """Which fifth of 0 .. 1 each written token's place lies in, the likeliest in the order first."""
+    """Which fifth of 0 .. 1 each written token's place lies in, the first in the order first."""
     own = order.gather(1, written)
     share = torch.rand(len(own), generator=chance, device=DEVICE)
     before = (p * (order > own)).sum(1)

@@ -7,9 +7,9 @@ import itertools
 
 import pytest
 import torch
+from conftest import DEVICE, all_but, random_model, tokens_of
 
 import speculative
-from conftest import DEVICE, all_but, random_model, tokens_of
 from model import KVCache, ModelError
 from speculative import (
     Drafter,
@@ -90,7 +90,8 @@ def test_decoding_ends_after_a_stop_token(skip):
     for stop in set(free[1:]):
         expected = free[:free.index(stop) + 1]
         stats = Stats()
-        assert list(clasp(model, [7, 8], 40, skip_layers=skip, stop={stop}, stats=stats)) == expected
+        written = list(clasp(model, [7, 8], 40, skip_layers=skip, stop={stop}, stats=stats))
+        assert written == expected
         assert list(autoregressive(model, [7, 8], 40, stop={stop})) == expected
         assert stats.accepted + stats.cycles - stats.from_draft[-1] == len(expected)
 

@@ -11,6 +11,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -344,10 +345,10 @@ def build_folder(out: Path, fill: Callable):
 
     If that fails, nothing is left.
     """
-    building = out.with_name(out.name + ".partial")
-    shutil.rmtree(building, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
     try:
-        building.mkdir(parents=True)
+        building.chmod(0o755)                # mkdtemp's folders are for their owner alone
         fill(building)
         building.rename(out)
     finally:

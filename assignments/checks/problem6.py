@@ -180,7 +180,6 @@ def ask(length: int, left: int, *, width: int | None = None, extra: int = 0):
 
 @check(2, "Room for a draft")
 def room():
-    import speculative
     for length, left in ((0, 1), (3, 2), (3, 9)):
         seen = ask(length, left)
         example = f"{length} tokens in the cache, {left} still to write"
@@ -642,10 +641,9 @@ def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
         happened.skips.append(seen.drafts[-1].skip if len(seen.drafts) > drafts else None)
         text.stats.cycles += 1
         text.stats.tokens += [0, 0]
-        nothing = speculative.Draft([], [])
         told = torch.full((LAYERS + 1, VOCABULARY), float(cycle))
         runs = len(seen.runs)
-        drafter.observe(text, speculative.Outcome(speculative.NO_DRAFT, 1, told, {}))
+        drafter.observe(text, speculative.Outcome(speculative.Draft([], []), 1, told, {}))
         happened.due += [cycle] * (len(seen.runs) - runs)
     return happened
 
