@@ -174,7 +174,7 @@ def read_sizes(raw: dict) -> dict[str, int]:
     heads = sizes["num_attention_heads"]
     sizes["num_key_value_heads"] = raw.get("num_key_value_heads") or heads
     sizes["head_dim"] = raw.get("head_dim") or sizes["hidden_size"] // heads
-    if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+    if not all(type(size) is int and size > 0 for size in sizes.values()):     # True is an int too
         raise ValueError(f"sizes must be positive integers, not {sizes}")
     if heads % sizes["num_key_value_heads"] or sizes["head_dim"] % 2:
         raise ValueError("key-value heads must divide the heads, and head_dim must be even")
@@ -302,8 +302,9 @@ def refuse_impossible_sizes(folder: Path, config: Config, files: list[Path]):
     weights = c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
     stored = sum(path.stat().st_size for path in files)
     if weights > stored:
-        raise ModelError(f"{folder / 'config.json'}: its sizes imply {weights:.3g} weights, and "
-                         f"the weight files have {stored:.3g} bytes")
+        shown = f"{weights:,}" if weights < 1e15 else "too many"   # more digits than a float has
+        raise ModelError(f"{folder / 'config.json'}: its sizes imply {shown} weights, and the "
+                         f"weight files have {stored:,} bytes")
 
 
 def fill(wanted: dict[str, Tensor], name: str, tensor: Tensor, path: Path):
@@ -338,6 +339,8 @@ class Tokenizer:
                              f"({error})") from None
         self.library.no_truncation()                   # some files carry training's settings
         self.library.no_padding()
+        added = self.library.get_added_tokens_decoder()
+        self.special_ids = {i for i, token in added.items() if token.special}
         self.folder = folder
         self.config = read_json(folder / "tokenizer_config.json")
         self.special = special_tokens(self.config)
@@ -373,25 +376,25 @@ class Tokenizer:
         again. (The library's DecodeStream raises on some byte sequences.)
         """
         ids = list(prompt)
-        start = 0                            # decoding begins here, ...
-        shown = len(prompt)                  # ... and the text of the tokens before this is out
+        start = 0                                      # decoding begins here
+        shown = len(prompt)                            # the text of the tokens before this is out
+        known = self.decode(prompt).rstrip(BROKEN)     # the text from start to shown
         for token in tokens:
             ids.append(token)
-            piece = self.text_added(ids, start, shown)
-            if piece == "" or piece.endswith(BROKEN) or self.is_byte(token):
+            piece = self.decode(ids[start:])[len(known):]
+            if piece == "" or piece.endswith(BROKEN) or self.is_undecided(token):
                 yield ""
             else:
                 start, shown = shown, len(ids)
+                known = self.decode(ids[start:])
                 yield piece
         if shown < len(ids):
-            yield self.text_added(ids, start, shown)
+            yield self.decode(ids[start:])[len(known):]
 
-    def text_added(self, ids: list[int], start: int, shown: int) -> str:
-        before = self.decode(ids[start:shown]).rstrip(BROKEN)
-        return self.decode(ids[start:])[len(before):]
-
-    def is_byte(self, token: int) -> bool:
-        """Is it a token such as <0xE6>, as LLaMA 1 and 2 have for what no other token writes?"""
+    def is_undecided(self, token: int) -> bool:
+        """Is it a byte such as <0xE6>, of LLaMA 1 and 2? Or special: bytes join across those."""
+        if token in self.special_ids:
+            return True
         return re.fullmatch("<0x[0-9A-F]{2}>", self.library.id_to_token(token) or "") is not None
 
     @property
@@ -423,6 +426,8 @@ class Tokenizer:
 
     def chat_template(self) -> str | None:
         if self.template_file.exists():
+            if not self.template_file.is_file():       # reading a pipe would wait for ever
+                raise OSError(f"{self.template_file.name} is not a file")
             return self.template_file.read_text(encoding="utf-8")
         template = self.config.get("chat_template")
         if isinstance(template, list):                 # several, by name
@@ -518,7 +523,7 @@ def suggested_settings(folder: Path | None) -> dict:
     path = folder / "generation_config.json"
     suggested = read_json(path).get("clasp", {})
     known = isinstance(suggested, dict) and suggested.keys() <= SUGGESTIBLE.keys()
-    if not known or not all(isinstance(value, SUGGESTIBLE[name])
+    if not known or not all(isinstance(value, SUGGESTIBLE[name]) and not isinstance(value, bool)
                             for name, value in suggested.items()):
         raise ModelError(f"{path}: clasp may give {', '.join(SUGGESTIBLE)} a (whole) number, no "
                          "more")

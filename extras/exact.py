@@ -66,7 +66,8 @@ def passes_agree(model: Llama, width: int) -> bool:
     for place in (width - 1, width // 2, 0):         # the last first: a pass overwrites later slots
         cache.length = 1 + place
         _, alone = full_pass(model, cache, tokens[1 + place:2 + place], width)
-        if not torch.equal(alone[0], together[place]):
+        # In float16 a random token may overflow: NaN is to equal NaN.
+        if not torch.equal(alone[0].nan_to_num(), together[place].nan_to_num()):
             return False
     return True
 

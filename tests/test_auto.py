@@ -1,355 +1,587 @@
-"""auto.py: whatever it decides, the text is the whole model's; and what it decides is worth its time."""
+"""auto.py: whatever it decides, the text is the whole model's; and what it decides is worth it."""
 import itertools
 import json
 import random
+from statistics import median
 
 import pytest
 import torch
+from conftest import at_length, random_model, same_bits, tokens_of, valid, width_for
+from enumeration import NUCLEUS, error_of_the_induced_distribution
+from folders import set_fields, small_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from auto import SHAPE, SLOPE, TRIAL, Auto, Costs, Ratio, block_costs
-from conftest import BUNDLED, DEVICE, feed, random_model, tokens_of
-from exact import exact_width
-from generate import main
-from model import KVCache, load_model
-from speculative import SettingsError, Stats, autoregressive, clasp, draft
-from test_speculative import NUCLEUS, error_of_the_induced_distribution
+import extras.auto
+import generate
+import speculative
+from checkpoint import BUNDLED
+from extras.auto import SHAPE, SLOPE, TRIAL, VERIFY_ROWS, Auto, Costs, Ratio, distance_of
+from model import KVCache
+from speculative import (
+    Draft,
+    SettingsError,
+    Stats,
+    autoregressive,
+    decode,
+    draft_by_skipping,
+    new_text,
+)
 
-CHEAP = dict(draft=1.0, plain=1.0, verify=1.0, optimize=0.5)
-HOPELESS = dict(draft=1.0, plain=1.0, verify=3.0, optimize=1.5)
+CHEAP = {"draft": 1.0, "plain": 1.0, "verify": 1.0, "optimize": 0.5}
+HOPELESS = {"draft": 1.0, "plain": 1.0, "verify": 9.0, "optimize": 1.5}
+DRAFTS_FREE = {"draft": 0.1, "plain": 1.0, "verify": 1.0, "optimize": 0.1}
+ONE_SET = {3: frozenset({1, 2, 3})}                      # the only choice: leave out three layers
 
 
-def agreeable(**more):
+def agreeable(**shape):
     """A model whose layers matter little, so that drafts are right."""
-    return random_model(residual=0.01, **more)
+    return random_model(residual=0.01, **shape)
 
 
-@settings(max_examples=settings().max_examples // 3)
-@given(st.sampled_from([0.01, 0.3, 1.0]), st.sampled_from([None, (1, 1), (1, 3)]), st.fixed_dictionaries(
-    {kind: st.floats(0.1, 4) for kind in SHAPE}), st.integers(1, 6), st.integers(1, 60), st.integers(1, 8))
-def test_greedy_text_is_plain_decodings_bit_for_bit(residual, blocks, costs, draft_length, count, length):
+def write(model, auto: Auto, count: int, prompt=(1, 2, 3), **chosen) -> Stats:
+    stats = Stats()
+    assert len(list(decode(model, list(prompt), count, auto, stats=stats, **chosen))) == count
+    return stats
+
+
+# ---------------------------------------------------------------- the text
+
+situations = st.fixed_dictionaries({
+    "residual": st.sampled_from([0.01, 0.3, 1.0]),
+    "costs": st.fixed_dictionaries({kind: st.floats(0.1, 4) for kind in SHAPE}),
+    "draft_length": st.integers(1, 6),
+    "count": st.integers(1, 60),
+    "length": st.integers(1, 8),
+})
+
+
+def check_greedy_text(residual, costs, draft_length, count, length):
+    """Of two texts in passes of one shape: the second starts with what the first one taught."""
     model = random_model(layers=4, residual=residual)
-    model.block_costs = blocks
-    prompt, width = tokens_of(model, length), exact_width(model, draft_length + 1)
-    caches = [KVCache(model, 80, 24) for _ in range(2)]
-    plain = list(autoregressive(model, prompt, count, width=width, cache=caches[0]))
-    auto = Auto(model, costs)
-    for cache in (caches[1], KVCache(model, 80, 24)):                     # the second text starts with what the first taught
-        stats = Stats()
-        assert list(clasp(model, prompt, count, draft_length=draft_length, auto=auto, cache=cache, stats=stats)) == plain
-        assert stats.accepted + stats.cycles == stats.new_tokens and stats.drafted <= draft_length * stats.cycles
+    width = width_for(model, draft_length + 1)
+    prompt = tokens_of(model, length)
+    plain = KVCache(model, 80, 24)
+    expected = list(autoregressive(model, prompt, count, width=width, cache=plain))
+    auto = Auto(model, draft_length, costs)
+    for _ in range(2):
+        cache = KVCache(model, 80, 24)
+        stats = write(model, auto, count, prompt, width=width, cache=cache)
+        assert stats.tokens == expected
+        assert stats.accepted + stats.cycles == stats.new_tokens
+        assert stats.drafted <= draft_length * stats.cycles
         assert len(stats.skip_sets) >= stats.optimizations
-        n = cache.length
-        assert n == caches[0].length == length + count - 1
-        assert torch.equal(cache.slots[..., :n, :], caches[0].slots[..., :n, :])
+        assert cache.length == plain.length == length + count - 1
+        assert same_bits(valid(cache), valid(plain))
 
 
-@pytest.mark.parametrize("settings", [{}, NUCLEUS], ids=str)
-def test_every_text_has_the_models_own_probability(monkeypatch, settings):
-    costs = dict(draft=1.0, plain=2.0, verify=1.0, optimize=0.1)                      # with these it drafts
-    assert error_of_the_induced_distribution(monkeypatch, each=lambda model: dict(auto=Auto(model, costs)), **settings) < 1e-6
+@settings(max_examples=settings().max_examples // 2)
+@given(situations)
+def test_greedy_text_is_plain_decodings_bit_for_bit(situation):
+    check_greedy_text(**situation)
+
+
+@pytest.mark.thorough
+@at_length()
+@given(situations)
+def test_greedy_text_is_plain_decodings_bit_for_bit_at_length(situation):
+    check_greedy_text(**situation)
+
+
+@pytest.mark.parametrize("nucleus", [{}, NUCLEUS], ids=str)
+def test_every_text_has_the_models_own_probability(nucleus):
+    costs = {"draft": 1.0, "plain": 2.0, "verify": 1.0, "optimize": 0.1}
+    drafts = []
+
+    class Watched(Auto):
+        def propose(self, text, most):
+            draft = super().propose(text, most)
+            drafts.append(len(draft.tokens))
+            return draft
+
+    def new_drafter(model):
+        return Watched(model, costs=costs)
+
+    assert error_of_the_induced_distribution(new_drafter, **nucleus) < 1e-6
+    assert any(drafts)
 
 
 def test_measured_times_decide_nothing_about_the_text(any_model):
+    width = width_for(any_model, 5)
     prompt = tokens_of(any_model, 5)
-    plain = list(autoregressive(any_model, prompt, 40, width=5))
-    assert plain == list(clasp(any_model, prompt, 40, draft_length=4, auto=Auto(any_model)))
-
-
-def test_the_sets_reported_are_those_used(monkeypatch):
-    """Auto may turn to another set at any cycle, without a run of the programme, and keeps what it knows for a second text."""
-    model, used = agreeable(), []
-    auto = Auto(model, CHEAP)
-
-    def watched(model, cache, token, skip, length, *rest):
-        used.append((skip, length, stats.skip_sets[-1:]))
-        return draft(model, cache, token, skip, length, *rest)
-
-    monkeypatch.setattr("speculative.draft", watched)
-    for seed in (1, 2):
-        stats = Stats()
-        list(clasp(model, tokens_of(model, 5, seed), 120, temperature=1, auto=auto, stats=stats))
-        assert stats.drafted
-    assert len({skip for skip, length, _ in used if length}) > 1
-    assert all(reported[0][1] == skip for skip, length, reported in used if length)
+    plain = list(autoregressive(any_model, prompt, 40, width=width))
+    assert write(any_model, Auto(any_model, 4), 40, prompt, width=width).tokens == plain
 
 
 def test_fixed_costs_make_a_seed_give_the_same_text_again():
     model = random_model()
-    a, b = (list(clasp(model, [1, 2, 3], 80, temperature=1, seed=3, auto=Auto(model, CHEAP))) for _ in range(2))
-    assert a == b
+    a, b = (write(model, Auto(model, costs=CHEAP), 80, temperature=1, seed=3) for _ in range(2))
+    assert a.drafted
+    assert a.tokens == b.tokens
 
+
+def test_the_sets_reported_are_those_used(monkeypatch):
+    """Auto may turn to another set at any cycle, without a run of the DP, and for a second text."""
+    model = agreeable()
+    auto = Auto(model, costs=CHEAP)
+    used = []
+
+    def watched(text, skip, *rest):
+        assert text.stats.skip_sets[-1][1] == skip
+        used.append(skip)
+        return draft_by_skipping(text, skip, *rest)
+
+    monkeypatch.setattr(extras.auto, "draft_by_skipping", watched)
+    for seed in (1, 2):
+        assert write(model, auto, 120, tokens_of(model, 5, seed), temperature=1).drafted
+    assert len(set(used)) > 1
+
+
+# ---------------------------------------------------------------- the choice
 
 def test_the_choice_is_the_best_of_all():
-    auto, choices = Auto(random_model(layers=8), dict(draft=0.9, plain=1.0, verify=1.2, optimize=1)), random.Random(0)
+    costs = {"draft": 0.9, "plain": 1.0, "verify": 1.2, "optimize": 1.0}
+    row = (costs["verify"] - costs["plain"]) / (VERIFY_ROWS - 1)     # a pass's time for each more
+    chance = random.Random(0)
     for _ in range(20):
+        auto = Auto(random_model(layers=8), chance.randint(1, 7), costs)
         auto.sets = {m: frozenset(range(m)) for m in range(1, 8)}
-        auto.distance = {m: choices.random() ** 3 for m in auto.sets}
-        auto.longest = choices.randint(1, 7)
+        auto.distance = {m: chance.random() ** 3 for m in auto.sets}
         auto.choose()
         rates = {}
-        for m, k in itertools.product(auto.sets, range(1, auto.longest + 1)):
+        for m, k in itertools.product(auto.sets, range(1, auto.draft_length + 1)):
             a = max(0.0, 1 - SLOPE * auto.distance[m])
-            rates[m, k] = sum(a ** i for i in range(k + 1)) / (k * 0.9 * auto.costs.share(m / 8) + 1.2)
+            tokens = sum(a ** i for i in range(k + 1))
+            seconds = k * 0.9 * auto.costs.share(m / 8) + 1.0 + k * row
+            rates[m, k] = tokens / seconds
         best = max(rates, key=rates.get)
-        assert (auto.budget, auto.length) == best and auto.rate == pytest.approx(rates[best])
-        assert auto.pays == (auto.rate >= 1)
-
-
-def test_in_one_shape_a_plain_step_costs_a_verify_pass():
-    costs = Costs(random_model(), HOPELESS)
-    assert costs.current()["plain"] == 1
-    costs.one_shape = True
-    assert costs.current() == HOPELESS | {"plain": 3.0}
+        assert (auto.choice.budget, auto.choice.length) == best
+        assert auto.choice.rate == pytest.approx(rates[best])
+        assert auto.choice.seconds == pytest.approx(
+            best[1] * auto.draft_time(best[0]) + 1.0 + best[1] * row)
+        assert auto.pays == (rates[best] >= 1)
 
 
 def test_it_drafts_where_that_pays():
-    model, stats = agreeable(), Stats()
-    list(clasp(model, [1, 2, 3], 100, draft_length=4, auto=Auto(model, CHEAP), stats=stats))
-    assert stats.tau > 4 and len(stats.skip_sets[-1][1]) == 5              # all layers but one
+    model = agreeable()
+    stats = write(model, Auto(model, 4, CHEAP), 100)
+    assert stats.tau > 4
+    assert len(stats.skip_sets[-1][1]) == 5              # all layers but one
 
 
 @pytest.mark.parametrize("residual", [0.01, 1.0])
 def test_where_it_does_not_pay_trials_cost_no_more_than_their_share(residual):
-    model, auto = random_model(residual=residual, context=2048), Auto(random_model(), HOPELESS)
-    stats = Stats()
-    list(clasp(model, [1, 2, 3], 1500, draft_length=1, auto=auto, stats=stats, exact=False))
-    spent = stats.optimizations * HOPELESS["optimize"] + sum(
-        HOPELESS["verify"] + auto.draft_time(auto.budget) if drafted else HOPELESS["plain"]
-        for drafted in [True] * stats.drafted + [False] * (stats.cycles - stats.drafted))
-    assert stats.optimizations > 1                                         # it did try again
+    model = random_model(residual=residual, context=2048)
+    auto = Auto(model, 1, HOPELESS)
+    stats = write(model, auto, 1500)
+    verify = auto.costs.verify_time(2, HOPELESS)
+    trial = verify + auto.costs.share(1 / 6) * HOPELESS["draft"]     # one layer left out, at most
+    spent = stats.optimizations * HOPELESS["optimize"]
+    spent += stats.drafted * trial + (stats.cycles - stats.drafted) * HOPELESS["plain"]
+    assert stats.optimizations > 1                       # it did try again
+    assert stats.drafted
     assert spent < 1500 * HOPELESS["plain"] * (1 + TRIAL) + HOPELESS["optimize"] + 4
 
 
 def test_a_text_that_becomes_easy_is_noticed():
     """The draft always wrong at first, as far as the statistics know; then always right."""
     model = agreeable(context=1024)
-    auto = Auto(model, dict(draft=1.0, plain=1.0, verify=1.1, optimize=0.1))
-    for ratio in (auto.overall, *(auto.by_budget[m] for m in range(1, 6))):
+    costs = {"draft": 1.0, "plain": 1.0, "verify": 1.1, "optimize": 0.1}
+    auto = Auto(model, 4, costs)
+    for ratio in (auto.rejections.overall, *(auto.rejections.by_budget[m] for m in range(1, 6))):
         ratio.note(10, 0.1)
-    stats = Stats()
-    list(clasp(model, [1, 2, 3], 1000, draft_length=4, auto=auto, stats=stats))
-    assert not any(stats.from_draft[:20]) and sum(stats.from_draft[-200:]) > 100
+    stats = write(model, auto, 1000)
+    assert not any(stats.from_draft[:20])
+    assert sum(stats.from_draft[-200:]) > 100
+
+
+def test_many_short_texts_do_not_each_try():
+    model = agreeable()
+    for count in (1, 2):
+        auto = Auto(model, costs=HOPELESS)
+        runs = sum(write(model, auto, count).optimizations for _ in range(40))
+        assert runs <= 2
+
+
+@pytest.mark.parametrize("shape, length, message", [
+    ({"layers": 1}, 4, "auto needs a model of at least two layers"),
+    ({}, 0, "the draft length must lie between"),
+    ({}, 128, "the draft length must lie between"),
+])
+def test_what_auto_cannot_do_is_refused(shape, length, message):
+    with pytest.raises(SettingsError, match=message):
+        Auto(random_model(**shape), length)
+
+
+# ---------------------------------------------------------------- what is learned
+
+def new_draft(auto: Auto, confidences: list[float]) -> list[bool]:
+    """At each token of a draft that is so sure: would it go on?"""
+    auto.choose()
+    auto.confidences = []
+    auto.alive = 1.0
+    return [auto.is_worth_another(confidence) for confidence in confidences]
 
 
 def test_the_rejection_rate_is_learned():
-    auto, chance = Auto(random_model(), CHEAP), random.Random(1)
-    auto.sets, auto.distance, auto.longest = {3: frozenset({1, 2, 3})}, {3: 0.5}, 4
+    """Unsure tokens are wrong in 6 of 10 cases, sure ones in 1; half of them are unsure."""
+    auto = Auto(random_model(), 4, CHEAP)
+    auto.sets = ONE_SET
+    auto.distance = {3: 0.5}
+    wrong = {0.15: 0.6, 0.95: 0.1}
+    chance = random.Random(1)
     for _ in range(400):
-        auto.choose()
-        auto.plan()
-        sure = [chance.choice([0.15, 0.95]) for _ in range(4)]
-        for confidence in sure:
-            auto.go_on(confidence)
-        accepted = next((i for i, c in enumerate(sure) if chance.random() < (0.6 if c < 0.5 else 0.1)), 4)
-        auto.learn(accepted, 0.0, 1.0, 1.0)
-    assert auto.rejection(3) == pytest.approx(0.35, abs=0.06)              # half of the tokens 0.6, half 0.1
-    for confidence, rejected in ((0.15, 0.6), (0.95, 0.1)):
-        auto.alive = 1.0
-        auto.go_on(confidence)
-        assert 1 - auto.alive == pytest.approx(rejected, abs=0.08)
+        confidences = chance.choices(list(wrong), k=4)
+        new_draft(auto, confidences)
+        rejected = [chance.random() < wrong[confidence] for confidence in confidences]
+        auto.learn([*rejected, True].index(True))
+    assert auto.rejection(3) == pytest.approx(0.35, abs=0.06)
+    for confidence, expected in wrong.items():
+        new_draft(auto, [confidence])
+        assert 1 - auto.alive == pytest.approx(expected, abs=0.08)
 
 
 def test_a_draft_ends_where_another_token_is_not_worth_its_time():
-    auto = Auto(random_model(), dict(draft=1.0, plain=1.0, verify=2.0, optimize=1))
-    auto.sets, auto.distance, auto.longest = {3: frozenset({1, 2, 3})}, {3: 0.4}, 6
-    auto.by_confidence[9].note(0, 100.0)                                   # at such confidence all were right, and
-    auto.by_confidence[1].note(200, 100.0)                                 # at such none
-    auto.choose()
-    auto.plan()
-    assert auto.go_on(0.95) and not auto.go_on(0.15)
-    assert not auto.go_on(0.95)                                            # what follows a wrong token is lost
-
-
-def test_the_programme_runs_rarely_while_its_sets_stay():
-    model, stats = random_model(layers=2, residual=0.01, context=4096), Stats()            # one budget, and one set is best
-    model.layers[0].o.weight.mul_(0)
-    model.layers[0].down.weight.mul_(0)
-    auto = Auto(model, CHEAP | dict(optimize=0.01))
-    list(clasp(model, [1, 2, 3], 2000, draft_length=2, auto=auto, stats=stats))
-    gaps = [b - a for (a, _), (b, _) in zip(stats.skip_sets, stats.skip_sets[1:])]
-    assert len(gaps) > 2 and gaps == sorted(gaps) and gaps[-1] > 2 * gaps[0]
-
-
-def test_the_programme_takes_its_share_of_the_time_at_most():
-    model, stats = random_model(context=4096), Stats()                     # its sets change at almost every run
-    list(clasp(model, [1, 2, 3], 1000, draft_length=2, auto=Auto(model, CHEAP | dict(optimize=2.0)), stats=stats))
-    assert stats.optimizations * 2.0 < 0.03 * stats.cycles * 2 + 4
-
-
-def test_times_are_compared_at_equal_pace():
-    """A machine half as fast for a while: ratios of what is measured then, and what was before, stay."""
-    costs, true = Costs(random_model()), dict(draft=1.0, plain=1.5, verify=1.6, optimize=2.0)
-    for pace, kinds in ((1, SHAPE), (2, ("draft", "verify")), (1, ("draft", "verify")), (3, ("draft", "verify"))):
-        for _ in range(60):
-            for kind in kinds:
-                costs.note(kind, true[kind] * pace)
-    assert costs.current()["verify"] / costs.current()["draft"] == pytest.approx(1.6, rel=0.05)
-    assert costs.last["plain"][0] / costs.current()["draft"] == pytest.approx(1.5, rel=0.25)
-
-
-def test_a_plain_step_is_never_thought_to_take_longer_than_a_verify_pass():
-    costs = Costs(random_model())
-    costs.note("plain", 50.0)                                              # the first of a process: slow
-    for _ in range(9):
-        costs.note("verify", 1.2), costs.note("draft", 0.5, costs.share(0.5))
-    assert costs.current()["plain"] <= costs.current()["verify"]
-
-
-def test_shares_follow_the_weights():
-    model = random_model(layers=6)
-    costs, head, rows = Costs(model), model.embed.weight.numel(), sum(w.numel() for w in model.layers[0].parameters() if w.ndim == 2)
-    assert costs.share(0) == pytest.approx(1)
-    assert costs.share(4 / 6) == pytest.approx((head + 2 * rows) / (head + 6 * rows))
+    costs = {"draft": 1.0, "plain": 1.0, "verify": 2.0, "optimize": 1.0}
+    auto = Auto(random_model(), 6, costs)
+    auto.sets = ONE_SET
+    auto.distance = {3: 0.4}
+    auto.rejections.by_confidence[9].note(0, 100.0)      # so sure, and all were right
+    auto.rejections.by_confidence[1].note(200, 100.0)    # so unsure, and none was
+    # What follows a wrong token is lost, however sure.
+    assert new_draft(auto, [0.95, 0.15, 0.95]) == [True, False, False]
 
 
 def test_old_evidence_fades():
     ratio = Ratio()
+    assert ratio.estimate(0.5, 1.0) == 0.5
     for rejected in [1] * 1000 + [0] * 1000:
         ratio.note(rejected, 1.0)
-    assert ratio.estimate(0.5, 1.0) < 0.02 and Ratio().estimate(0.5, 1.0) == 0.5
+    assert ratio.estimate(0.5, 1.0) < 0.02
 
 
-def test_blocks_cost_what_they_take():
-    model = load_model(BUNDLED)
-    weights = [sum(getattr(model.layers[0], name).weight.numel() for name in names) for names in (("qkv", "o"), ("gate_up", "down"))]
-    a, m = block_costs(model, measured=False)
-    assert a / m == pytest.approx(weights[0] / weights[1], rel=0.2)
-    assert all(1 <= cost <= 4 for cost in block_costs(model))
+# ---------------------------------------------------------------- the DP
+
+def test_the_dp_runs_rarely_while_its_sets_stay():
+    """With two layers there is one budget, and here the first layer does nothing."""
+    model = random_model(layers=2, residual=0.01, context=4096)
+    model.layers[0].o.weight.mul_(0)
+    model.layers[0].down.weight.mul_(0)
+    stats = write(model, Auto(model, 2, CHEAP | {"optimize": 0.01}), 2000)
+    gaps = [b - a for (a, _), (b, _) in zip(stats.skip_sets, stats.skip_sets[1:])]
+    assert len(gaps) > 2
+    assert gaps == sorted(gaps)
+    assert gaps[-1] > 2 * gaps[0]
 
 
-def test_skipped_blocks_are_left_out():
-    model = random_model().to(DEVICE)
-    model.block_costs = (1, 2)
-    tokens = torch.tensor([[1, 2, 3]], device=DEVICE)
-    states = model(tokens, skip={0, 3, 11})
-    assert len(states) == 13 and all(torch.equal(states[i], states[i + 1]) == (i in {0, 3, 11}) for i in range(12))
-    whole = model(tokens)
-    model.block_costs = None
-    assert all(torch.equal(a, b) for a, b in zip(whole[::2], model(tokens)))
-    assert torch.equal(model(tokens, skip={2})[3], model(tokens, skip={2})[2])
+def test_the_dp_takes_its_share_of_the_time_at_most():
+    """Its sets change at almost every run here."""
+    model = random_model(context=4096)
+    auto = Auto(model, 2, CHEAP | {"optimize": 2.0})
+    stats = write(model, auto, 1000)
+    assert stats.optimizations * 2.0 < 0.03 * stats.cycles * 2 + 4
 
 
-@pytest.mark.parametrize("costs", [(1, 1), (1, 3), (3, 2)])
-def test_blocks_take_the_time_of_the_layers_asked_for(costs):
-    model, stats = random_model(), Stats()
-    model.block_costs = costs
-    plain = list(autoregressive(model, [1, 2, 3], 40, width=5))
-    assert plain == list(clasp(model, [1, 2, 3], 40, skip_layers=3, draft_length=4, opt_interval=2, stats=stats))
-    for _, skipped in stats.skip_sets[1:]:
-        assert sum(costs[i % 2] for i in skipped) == 3 * sum(costs)
-
-
-@pytest.mark.parametrize("unit", ["layer", "block"])
-def test_the_command_line(capsys, tmp_path, unit):
-    (tmp_path / "costs.json").write_text(json.dumps(CHEAP))
-    argv = ["--max-new-tokens", "24", "--temperature", "0", "--skip-layers", "auto", "--skip-unit", unit,
-            "--costs", str(tmp_path / "costs.json"), "--dtype", "float32", "--json"]
-    assert main(argv + ["--compare"]) == 0
-    out = json.loads(capsys.readouterr().out)
-    assert out["identical"] and out["stats"]["drafted"] > 0
-
-
-def test_auto_is_the_default_where_the_model_suggests_nothing(capsys, tmp_path, monkeypatch):
-    """And by default a seed gives a sample again, since times that are fixed by the model's shape decide."""
-    for file in BUNDLED.iterdir():
-        if file.suffix in (".json", ".safetensors"):
-            (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "generation_config.json").unlink()
-    autos, fixed = [], []
-    monkeypatch.setattr("generate.Auto", lambda model, costs: fixed.append(costs) or autos.append(Auto(model, costs)) or autos[-1])
-
-    def run(*argv, model=tmp_path):
-        autos.clear()
-        assert main(["--model", str(model), "--max-new-tokens", "40", "--dtype", "float32", "--json", *argv]) == 0
-        return json.loads(capsys.readouterr().out)["tokens"], len(autos)
-
-    assert run("--seed", "3") == run("--seed", "3") == run("--seed", "3", "--costs", "shape") != run("--seed", "4")
-    assert fixed == 4 * [SHAPE]
-    fixed.clear()
-    assert run("--temperature", "0") == run("--temperature", "0", "--skip-layers", "auto")      # in float32: plain decoding's text
-    run("--costs", "measured")
-    assert fixed == 3 * [None]
-    for by_hand in (["--skip-layers", "4"], ["--opt-interval", "8"], ["--draft-exit-threshold", "0.3"]):
-        assert run(*by_hand)[1] == 0
-    assert run(model=BUNDLED)[1] == 0                                  # it suggests settings of its own
-    (tmp_path / "generation_config.json").write_text('{"clasp": {"exit_threshold": 0.2}}')
-    assert run()[1] == 0
-
-
-def test_a_text_without_drafts_says_so(capsys, tmp_path):
-    (tmp_path / "costs.json").write_text(json.dumps(HOPELESS))
-    assert main(["--max-new-tokens", "12", "--skip-layers", "auto", "--costs", str(tmp_path / "costs.json")]) == 0
-    assert "no drafts" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("argv, measured", [
-    ([], False), (["--skip-layers", "auto"], False), (["--temperature", "0", "--skip-layers", "auto"], True),
-    (["--skip-layers", "auto", "--costs", "measured"], True), (["--temperature", "0", "--skip-layers", "4"], False)])
-def test_blocks_are_priced_by_the_clock_only_where_the_clock_decides(monkeypatch, capsys, argv, measured):
-    asked = []
-    monkeypatch.setattr("generate.block_costs", lambda model, clock: asked.append(clock) or (1, 1))
-    assert main(["--max-new-tokens", "4", "--skip-unit", "block", *argv]) == 0
-    assert asked == [measured]
-
-
-def test_blocks_are_priced_once_a_run(monkeypatch, capsys):
-    """The warm-up before a comparison has an Auto of its own, but must not price the model's blocks anew."""
-    prices = iter([(1, 1), (4, 3)])
-    monkeypatch.setattr("generate.block_costs", lambda *_: next(prices))
-    assert main(["--max-new-tokens", "12", "--skip-layers", "auto", "--skip-unit", "block", "--compare", "--json"]) == 0
-    assert next(prices) == (4, 3)
-
-
-@pytest.mark.parametrize("argv, line", [
-    (["--skip-layers", "auto", "--opt-interval", "4"], "leave them out"), (["--skip-layers", "some"], "skip-layers"),
-    (["--skip-layers", "4", "--costs", "FILE"], "for --skip-layers auto"), (["--skip-layers", "auto", "--costs", "BAD"], "positive number"),
-    (["--skip-layers", "auto", "--costs", "NONE"], "positive number"),
-    (["--costs", "shape"], "for --skip-layers auto")])
-def test_refusals(capsys, tmp_path, argv, line):
-    (tmp_path / "FILE").write_text(json.dumps(CHEAP))
-    (tmp_path / "BAD").write_text(json.dumps(CHEAP | {"verify": 0}))
-    assert main([str(tmp_path / a) if a in ("FILE", "BAD", "NONE") else a for a in argv]) == 2
-    error = capsys.readouterr().err
-    assert line in error and error.count("\n") == 1
-
-
-def test_a_drafted_stop_token_is_counted():
-    model, asked = random_model(), []
-    cache = KVCache(model, 20)
-    feed(model, cache, [1, 2, 3])
-    tokens, _ = draft(model, cache, 4, {2}, 3, lambda sure: asked.append(sure) or True, lambda x: (x.argmax(), None), range(61))
-    assert len(tokens) == len(asked) == 1
-
-
-def test_nothing_is_noted_of_a_programme_that_did_not_run():
+def test_nothing_is_noted_of_a_dp_that_did_not_run():
+    """A prompt of one token has no states for it; it runs after the first pass, and once."""
     model = agreeable()
     auto = Auto(model)
-    next(clasp(model, [1], 20, auto=auto))
-    assert not auto.costs.last["optimize"] and auto.costs.last["plain"]
-
-
-def test_many_texts_of_one_token_do_not_each_try():
-    model, auto, runs = agreeable(), Auto(random_model(), HOPELESS), 0
-    for _ in range(40):
-        stats = Stats()
-        list(clasp(model, [1, 2, 3], 1, auto=auto, stats=stats))
-        runs += stats.optimizations
-    assert runs <= 2
+    stats = Stats()
+    written = decode(model, [1], 60, auto, stats=stats)
+    next(written)
+    next(written)
+    assert stats.optimizations == 1
+    assert len(auto.costs.last["plain"]) == 1
+    assert not auto.costs.last["optimize"]               # that of the first pass: nothing was done
+    list(written)
+    assert 1 <= len(auto.costs.last["optimize"]) <= stats.optimizations
 
 
 def test_a_set_whose_state_overflows_is_no_good_choice():
-    model, auto = random_model(), Auto(random_model(), CHEAP)
-    cache = KVCache(model, 20)
-    hidden = feed(model, cache, [1, 2, 3])
-    model.layers[5].register_forward_hook(lambda module, given, out: torch.full_like(out, torch.nan))
-    auto.begin(4, True)
-    auto.optimize(model, cache, hidden, 5)
-    assert all(5 in skipped or auto.distance[m] == 2 for m, skipped in auto.sets.items())
+    model = random_model()
+    auto = Auto(model, costs=CHEAP)
+    text, hidden = new_text(model, [1, 2, 3, 4], 20)
+
+    def overflow(module, given, out):
+        return torch.full_like(out, torch.nan)
+
+    model.layers[5].register_forward_hook(overflow)
+    auto.begin(text, hidden)
+    assert sorted(auto.sets) == [1, 2, 3, 4, 5]
+    assert all(5 in skipped for skipped in auto.sets.values())
+    assert distance_of(torch.nan) == 2.0                 # none is farther
+    assert distance_of(-1.0) == 2.0
 
 
-def test_settings_that_do_not_go_with_auto():
-    for model, more in ((random_model(layers=1), {}), (random_model(), dict(optimizer=lambda *_: None))):
-        with pytest.raises(SettingsError, match="auto needs two layers"):
-            next(clasp(model, [1, 2], 5, auto=Auto(model), **more))
+# ---------------------------------------------------------------- times
+
+def test_times_are_compared_at_equal_pace():
+    """On a machine slower for a while, ratios of what is measured then and before stay."""
+    costs = Costs(random_model())
+    true = {"draft": 1.0, "plain": 1.5, "verify": 1.6, "optimize": 2.0}
+    drafting = ("draft", "verify")
+    for pace, kinds in ((1, SHAPE), (2, drafting), (1, drafting), (3, drafting)):
+        for _ in range(60):
+            for kind in kinds:
+                if kind == "verify":
+                    costs.note_verify(true[kind] * pace, VERIFY_ROWS)
+                else:
+                    costs.note(kind, true[kind] * pace)
+    times = costs.current()
+    verify = costs.verify_time(VERIFY_ROWS, times)
+    assert verify / times["draft"] == pytest.approx(1.6, rel=0.05)
+    assert median(costs.last["plain"]) / times["draft"] == pytest.approx(1.5, rel=0.25)
+
+
+def test_a_plain_step_is_never_thought_to_take_longer_than_a_verify_pass():
+    """The first one of a process is slow, and while drafts pay there are no others."""
+    costs = Costs(random_model())
+    costs.note("plain", 50.0)
+    for _ in range(9):
+        costs.note_verify(1.2, rows=5)
+        costs.note("draft", 0.5, costs.share(0.5))
+    times = costs.current()
+    assert times["plain"] <= costs.verify_time(5, times)
+
+
+def test_shares_follow_the_weights():
+    model = random_model(layers=6)
+    matrices = [weight for weight in model.layers[0].parameters() if weight.ndim == 2]
+    layer = sum(weight.numel() for weight in matrices)
+    head = model.head.weight.numel()
+    costs = Costs(model)
+    assert costs.share(0) == pytest.approx(1)
+    assert costs.share(4 / 6) == pytest.approx((head + 2 * layer) / (head + 6 * layer))
+
+
+def test_in_one_shape_a_plain_step_costs_a_verify_pass():
+    costs = Costs(random_model(), HOPELESS)
+    assert costs.current()["plain"] == 1
+    costs.one_shape = True
+    times = costs.current()
+    assert times == HOPELESS | {"plain": 9.0}
+    assert [costs.verify_time(rows, times) for rows in (2, 5, 60)] == [9.0] * 3
+
+
+def test_in_one_shape_all_passes_are_measured_as_one_kind():
+    costs = Costs(random_model())
+    costs.one_shape = True
+    for rows in (2, 9, 4):
+        costs.note_verify(3.0, rows)
+    times = costs.current()
+    assert times["plain"] == times["verify"] == pytest.approx(3.0)
+    assert costs.verify_time(60, times) == pytest.approx(3.0)
+
+
+def times_of(costs: Costs, *rows: int) -> list[float]:
+    times = costs.current()
+    return [costs.verify_time(count, times) for count in rows]
+
+
+def test_a_pass_costs_what_passes_of_its_rows_took():
+    """Between two sizes: the line through both. A plain step is a pass of one row."""
+    costs = Costs(random_model())
+    for _ in range(costs.ENOUGH):
+        costs.note("plain", 1.0)
+        costs.note("draft", 1.0)
+        costs.note_verify(1.2, rows=3)
+        costs.note_verify(41.2, rows=103)
+    assert times_of(costs, 3, 103) == pytest.approx([1.2, 41.2])
+    assert times_of(costs, 2, 53) == pytest.approx([1.1, 21.2])
+    by_row = (SHAPE["verify"] - SHAPE["plain"]) / (VERIFY_ROWS - 1)
+    assert times_of(costs, 113) == pytest.approx([41.2 + 10 * by_row])
+
+
+def test_one_slow_pass_says_nothing_yet():
+    costs = Costs(random_model())
+    costs.note("plain", 1.0)
+    costs.note("draft", 1.0)
+    guessed = times_of(costs, 2, 5, 101)
+    assert guessed == sorted(guessed)
+    costs.note_verify(100.0, rows=101)
+    costs.note_verify(100.0, rows=5)
+    assert times_of(costs, 2, 5, 101) == guessed
+
+
+def test_fixed_costs_are_not_changed_by_what_is_measured():
+    costs = Costs(random_model(), CHEAP | {"verify": 2.0})
+    for rows in (2, 5, 9):
+        for _ in range(9):
+            costs.note_verify(77.0, rows)
+    assert times_of(costs, 1, 5, 9) == pytest.approx([1.0, 2.0, 3.0])
+
+
+def test_a_long_draft_that_was_dear_does_not_stop_short_ones():
+    """Passes of 61 rows took 60 plain steps' time; those of a few rows little more than one's."""
+    auto = Auto(random_model(), 60)
+    auto.sets = ONE_SET
+    auto.distance = {3: 0.3}
+    for _ in range(5):
+        auto.costs.note("plain", 1.0)
+        auto.costs.note("draft", 0.5, auto.costs.share(0.5))
+        auto.costs.note_verify(1.1, rows=3)
+        auto.costs.note_verify(60.0, rows=61)
+    auto.choose()
+    assert 1 <= auto.choice.length <= 3
+    assert auto.pays
+
+
+class MadeUpClock:
+    """Time as a model's passes are said to take it: up to 8 rows hardly more than one."""
+    MANY = 20.0               # plain steps' time of a pass of more than 8 rows
+
+    def __init__(self, model):
+        self.now = 0.0
+        self.model_forward = model.forward
+        self.layers = len(model.layers)
+        model.forward = self.forward
+
+    def forward(self, tokens, cache=None, skip=(), slots=None):
+        rows = tokens.shape[1]
+        whole = self.MANY if rows > 8 else 1 + 0.02 * (rows - 1)
+        self.now += whole * (1 - len(skip) / self.layers)
+        return self.model_forward(tokens, cache, skip, slots)
+
+    def __call__(self) -> float:
+        self.now += 1e-3                                 # looking at the clock takes time too
+        return self.now
+
+
+def test_drafts_go_on_after_a_long_one_that_was_rejected(monkeypatch):
+    """The first draft is wrong from its first token on, all that follow are right."""
+    model = agreeable()
+    clock = MadeUpClock(model)
+    monkeypatch.setattr(speculative, "clock", lambda model: clock)
+    lengths = []
+
+    def first_is_wrong(text, skip, *rest):
+        draft = draft_by_skipping(text, skip, *rest)
+        lengths.append(len(draft.tokens))
+        if len(lengths) > 1:
+            return draft
+        wrong = (draft.tokens[0] + 1) % model.config.vocab_size
+        return Draft([wrong, *draft.tokens[1:]], draft.distributions)
+
+    monkeypatch.setattr(extras.auto, "draft_by_skipping", first_is_wrong)
+    stats = write(model, Auto(model, 60), 200)
+    assert lengths[0] > 8
+    assert sum(stats.from_draft[:100]) > 50
+
+
+# ---------------------------------------------------------------- the command line
+
+@pytest.fixture
+def autos(monkeypatch) -> list[tuple[Auto, dict | None]]:
+    """Each Auto that generate.py makes, and the costs that it was given; drafts pay for all."""
+    made = []
+
+    def new_auto(model, draft_length, costs):
+        auto = Auto(model, draft_length, DRAFTS_FREE)
+        made.append((auto, costs))
+        return auto
+
+    monkeypatch.setattr(generate, "Auto", new_auto)
+    return made
+
+
+@pytest.fixture(scope="module")
+def silent_folder(tmp_path_factory):
+    """A model that suggests no settings."""
+    return small_folder(tmp_path_factory.mktemp("auto") / "model")
+
+
+def answer(capsys, folder, *argv) -> dict:
+    argv = ["--model", str(folder), "--max-new-tokens", "24", "--json", *argv]
+    assert generate.main(argv) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_auto_is_the_default_where_the_model_suggests_nothing(capsys, silent_folder, autos):
+    answer(capsys, silent_folder)
+    answer(capsys, silent_folder, "--draft-length", "3")
+    assert [auto.draft_length for auto, _ in autos] == [speculative.DRAFT_LENGTH, 3]
+    autos.clear()
+    for by_hand in (("--skip-layers", "1"), ("--opt-interval", "8"),
+                    ("--draft-exit-threshold", "0.3")):
+        answer(capsys, silent_folder, *by_hand)
+    assert not autos
+
+
+def test_a_suggestion_is_followed_unless_auto_is_asked_for(capsys, tmp_path, autos):
+    folder = small_folder(tmp_path / "model")
+    set_fields(folder, "generation_config.json", clasp={"exit_threshold": 0.2})
+    answer(capsys, folder)
+    assert not autos
+    answer(capsys, folder, "--skip-layers", "auto")
+    assert len(autos) == 1
+
+
+def test_the_bundled_model_suggests_settings_and_auto_may_be_asked_for(capsys, autos):
+    answer(capsys, BUNDLED)
+    assert not autos
+    answer(capsys, BUNDLED, "--skip-layers", "auto")
+    assert len(autos) == 1
+
+
+def test_a_model_of_one_layer_is_decoded_without_auto(capsys, tmp_path, autos, monkeypatch):
+    def of_one_layer(**shape):
+        return random_model(**shape | {"layers": 1})
+
+    monkeypatch.setattr("folders.random_model", of_one_layer)
+    folder = small_folder(tmp_path / "model")
+    answer(capsys, folder)
+    assert not autos
+
+
+def test_a_seed_gives_a_sample_again(capsys, silent_folder):
+    """Times that are fixed by the model's shape decide, not the clock."""
+    def sample(seed):
+        return answer(capsys, silent_folder, "--seed", str(seed))["tokens"]
+
+    assert sample(3) == sample(3) != sample(4)
+
+
+def test_the_clock_decides_only_where_text_is_greedy(capsys, silent_folder, autos):
+    answer(capsys, silent_folder)
+    answer(capsys, silent_folder, "--temperature", "0")
+    assert [costs for _, costs in autos] == [SHAPE, None]
+
+
+def test_greedy_text_is_the_same_however_auto_was_chosen(capsys, silent_folder):
+    greedy = ("--temperature", "0", "--exact")
+    by_default = answer(capsys, silent_folder, *greedy)["tokens"]
+    assert by_default == answer(capsys, silent_folder, *greedy, "--skip-layers", "auto")["tokens"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_auto_is_exact_only_where_that_is_asked_for(capsys, silent_folder, autos, dtype):
+    chosen = ("--temperature", "0", "--dtype", dtype)
+    assert not answer(capsys, silent_folder, *chosen)["exact"]
+    out = answer(capsys, silent_folder, *chosen, "--exact", "--compare")
+    assert out["exact"]
+    assert out["stats"]["drafted"] > 0
+    assert out["identical"] or out["difference"]["identical_at_same_width"]
+    by_hand = answer(capsys, silent_folder, *chosen, "--skip-layers", "1")
+    assert by_hand["exact"]
+
+
+def test_a_text_without_drafts_says_so(capsys, monkeypatch):
+    def hopeless(model, draft_length, costs):
+        return Auto(model, draft_length, HOPELESS)
+
+    monkeypatch.setattr(generate, "Auto", hopeless)
+    assert generate.main(["--max-new-tokens", "12", "--skip-layers", "auto"]) == 0
+    assert "no drafts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, line", [
+    (["--skip-layers", "auto", "--opt-interval", "4"], "leave them out"),
+    (["--skip-layers", "auto", "--draft-exit-threshold", "0.3"], "leave them out"),
+    (["--skip-layers", "some"], "neither a number nor auto"),
+    (["--skip-layers", "auto", "--draft-length", "0"], "the draft length must lie between"),
+])
+def test_what_does_not_go_with_auto_is_refused_in_one_line(capsys, argv, line):
+    assert generate.main(argv) == 2
+    error = capsys.readouterr().err
+    assert line in error
+    assert error.count("\n") == 1

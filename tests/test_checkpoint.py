@@ -1,15 +1,27 @@
 """checkpoint.py: no model is loaded that would come out wrong, and text goes in and out whole."""
-import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from conftest import DEVICE, ROOT, at_length
+from folders import (
+    BYTE_FALLBACK,
+    byte_fallback_tokenizer,
+    copy_tokenizer,
+    edit_weights,
+    set_fields,
+)
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import checkpoint
 from checkpoint import (
+    BROKEN,
     BUNDLED,
     Tokenizer,
     empty_model,
@@ -19,18 +31,9 @@ from checkpoint import (
     read_config,
     suggested_settings,
 )
-from conftest import DEVICE, ROOT
 from model import ModelError
 
 GOLDEN = Path(__file__).parent / "golden" / "gqa-untied"
-
-
-def set_fields(folder: Path, file: str, **fields):
-    """Change fields of a JSON file; None takes one out."""
-    path = folder / file
-    known = json.loads(path.read_text()) if path.exists() else {}
-    wanted = {name: value for name, value in (known | fields).items() if value is not None}
-    path.write_text(json.dumps(wanted))
 
 
 # ---------------------------------------------------------------- finding it
@@ -159,13 +162,104 @@ def test_what_can_be_derived_may_lie_in_the_file_too(folder):
         assert torch.equal(weight, expected[name])
 
 
+def test_weights_come_from_model_safetensors_though_an_index_lies_beside_it(folder):
+    """As transformers does; a stale index may name files of another model."""
+    expected = load_model(folder).state_dict()
+    other = {"model.norm.weight": torch.ones(3)}
+    save_file(other, folder / "model-00001-of-00002.safetensors")
+    files = {
+        "model.norm.weight": "model-00001-of-00002.safetensors",
+        "lm_head.weight": "model-00002-of-00002.safetensors",
+    }
+    set_fields(folder, "model.safetensors.index.json", weight_map=files)
+    for name, weight in load_model(folder).state_dict().items():
+        assert torch.equal(weight, expected[name])
+
+
+def llama3_scaling(factor: float) -> dict:
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+
+
+@pytest.mark.parametrize("parameters", [
+    {"rope_type": "default", "rope_theta": 10000.0},
+    llama3_scaling(2.0),
+    {"rope_type": "yarn"},
+], ids=lambda parameters: parameters["rope_type"])
+def test_rope_scaling_goes_before_rope_parameters(folder, parameters):
+    set_fields(folder, "config.json", rope_scaling=llama3_scaling(8.0),
+               rope_parameters=parameters, rope_theta=500.0)
+    config = read_config(folder)
+    assert config.rope_scaling["factor"] == 8.0
+    assert config.rope_theta == 500.0
+
+
+def test_an_empty_rope_scaling_is_none(folder):
+    set_fields(folder, "config.json", rope_scaling={}, rope_parameters=llama3_scaling(4.0))
+    assert read_config(folder).rope_scaling["factor"] == 4.0
+
+
+# ---------------------------------------------------------------- a head stored with a tied model
+
+@pytest.fixture
+def tied_folder(tmp_path) -> Path:
+    return Path(shutil.copytree(GOLDEN.parent / "mha-tied", tmp_path / "tied"))
+
+
+def store_a_head(folder: Path) -> torch.Tensor:
+    """Another matrix than the embedding, though the config goes on saying that they are one."""
+    head = torch.randn(61, 32, generator=torch.Generator().manual_seed(0))
+    edit_weights(folder, **{"lm_head.weight": head})
+    return head
+
+
+def test_a_stored_head_that_differs_from_the_embedding_is_used(tied_folder):
+    before = load_model(tied_folder)
+    head = store_a_head(tied_folder)
+    model = load_model(tied_folder)
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.embed.weight, before.embed.weight)
+    assert not model.config.tie_word_embeddings
+    state = torch.randn(5, 32)
+    torch.testing.assert_close(model.logits(state), model.norm(state) @ head.T)
+    assert named_weights(model).keys() == named_weights(before).keys() | {"lm_head.weight"}
+
+
+def test_a_stored_head_that_equals_the_embedding_stays_tied(tied_folder):
+    embedding = load_model(tied_folder).embed.weight
+    edit_weights(tied_folder, **{"lm_head.weight": embedding.clone()})
+    model = load_model(tied_folder)
+    assert model.head is None
+    assert model.config == read_config(tied_folder)
+    assert model.config.tie_word_embeddings
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_logits_of_a_stored_head_are_those_of_transformers(tied_folder, is_stored):
+    transformers = pytest.importorskip("transformers")
+    if is_stored:
+        store_a_head(tied_folder)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tied_folder, dtype=torch.float32)
+    ours = load_model(tied_folder)
+    tokens = torch.arange(40)[None]
+    expected = theirs.eval()(tokens).logits
+    error = (ours.logits(ours(tokens)[-1]) - expected).abs().max()
+    assert error <= 1e-5 * expected.abs().max()
+
+
 # ---------------------------------------------------------------- text
 
 @pytest.fixture
 def text_folder(tmp_path) -> Path:
     """The bundled tokenizer's folder without weights, to be varied."""
-    for file in ("tokenizer.json", "tokenizer_config.json", "config.json"):
-        shutil.copy(BUNDLED / file, tmp_path)
+    copy_tokenizer(tmp_path)
+    shutil.copy(BUNDLED / "config.json", tmp_path)
     return tmp_path
 
 
@@ -188,12 +282,116 @@ def test_streaming_never_breaks_a_character(text_folder, written):
     assert len(pieces) == len(tokens)
 
 
-def test_streaming_survives_bytes_that_are_no_text(text_folder):
-    tokenizer = Tokenizer(text_folder)
+@pytest.fixture(scope="module")
+def byte_level() -> Tokenizer:
+    return Tokenizer(BUNDLED)
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory) -> Tokenizer:
+    """As LLaMA 1 and 2 have: what no other token writes is written byte by byte."""
+    folder = tmp_path_factory.mktemp("byte-fallback")
+    byte_fallback_tokenizer(folder / "tokenizer.json")
+    return Tokenizer(folder)
+
+
+def check_streaming(tokenizer: Tokenizer, ids: list[int], cut: int):
+    """Joined, the pieces are the text of all, less the prompt's up to its last whole character."""
+    prompt = ids[:cut]
+    tokens = ids[cut:]
+    pieces = list(tokenizer.stream(prompt, iter(tokens)))
+    known = tokenizer.decode(prompt).rstrip(BROKEN)
+    assert "".join(pieces) == tokenizer.decode(ids)[len(known):]
+    assert len(tokens) <= len(pieces) <= len(tokens) + 1
+
+
+def cut_anywhere(ids: st.SearchStrategy):
+    """Token ids, and how many of them are the prompt: at least one, and not all."""
+    texts = st.lists(ids, min_size=2, max_size=24)
+    return texts.flatmap(lambda ids: st.tuples(st.just(ids), st.integers(1, len(ids) - 1)))
+
+
+# Half of them single bytes: of byte-level tokenizers these come after the special tokens.
+LEVEL_IDS = cut_anywhere(st.integers(0, 300) | st.integers(0, 4000))
+# Mostly bytes that can make a character together, here 日, é and 🙂, and whole tokens between.
+CHARACTER_BYTES = [3 + byte for byte in "日é🙂".encode()]
+FALLBACK_IDS = cut_anywhere(
+    st.sampled_from(CHARACTER_BYTES) | st.integers(0, len(BYTE_FALLBACK) - 1)
+    | st.integers(3 + 256, len(BYTE_FALLBACK) - 1))
+TEXTS = st.tuples(st.text("abé日🙂 \ufffd", min_size=1, max_size=12), st.floats(0, 1))
+
+
+def check_streaming_of_a_text(tokenizer: Tokenizer, text: str, share: float):
+    ids = [*tokenizer.encode("a"), *tokenizer.encode(text)]
+    check_streaming(tokenizer, ids, 1 + int(share * (len(ids) - 2)))
+
+
+@given(LEVEL_IDS)
+def test_byte_level_pieces_join_to_the_whole_text(byte_level, ids_and_cut):
+    check_streaming(byte_level, *ids_and_cut)
+
+
+@given(FALLBACK_IDS)
+def test_byte_fallback_pieces_join_to_the_whole_text(byte_fallback, ids_and_cut):
+    check_streaming(byte_fallback, *ids_and_cut)
+
+
+@given(TEXTS)
+def test_pieces_of_real_text_join_to_it(byte_level, byte_fallback, text_and_share):
+    check_streaming_of_a_text(byte_level, *text_and_share)
+    check_streaming_of_a_text(byte_fallback, *text_and_share)
+
+
+@pytest.mark.thorough
+@at_length()
+@given(LEVEL_IDS, FALLBACK_IDS, TEXTS)
+def test_pieces_join_to_the_whole_text_at_length(byte_level, byte_fallback, level, fallback, text):
+    check_streaming(byte_level, *level)
+    check_streaming(byte_fallback, *fallback)
+    check_streaming_of_a_text(byte_level, *text)
+    check_streaming_of_a_text(byte_fallback, *text)
+
+
+def test_a_prompt_may_end_within_a_character(byte_level, byte_fallback):
+    for tokenizer in (byte_level, byte_fallback):
+        ids = tokenizer.encode("日a")
+        check_streaming(tokenizer, ids, len(ids) - 3)
+
+
+def test_streaming_survives_bytes_that_are_no_text(byte_level):
+    """The library's own DecodeStream raises on some of these."""
     random = torch.Generator().manual_seed(0)
     for _ in range(50):
         tokens = torch.randint(2, 300, (40,), generator=random).tolist()
-        assert len(list(tokenizer.stream([0], iter(tokens)))) == 40
+        check_streaming(byte_level, [0, *tokens], 1)
+
+
+def test_a_character_of_bytes_comes_in_one_piece(byte_fallback):
+    """The bytes that follow decide what a byte is, so it waits for another token, or the end."""
+    tokenizer = byte_fallback
+    prompt = tokenizer.encode("ab")
+    smile = [3 + byte for byte in "🙂".encode()]
+    letter = BYTE_FALLBACK.index("b")
+    assert list(tokenizer.stream(prompt, iter([*smile, letter]))) == ["", "", "", "", "🙂b"]
+    assert list(tokenizer.stream(prompt, iter(smile))) == ["", "", "", "", "🙂"]
+    broken = list(tokenizer.stream(prompt, iter(smile[:2])))
+    assert broken == ["", "", BROKEN * 2]
+
+
+def test_bytes_join_across_a_special_token(byte_fallback):
+    """Which is not printed, so those after it decide about those before it."""
+    special = BYTE_FALLBACK.index("</s>")
+    sun = [3 + byte for byte in "日".encode()]
+    check_streaming(byte_fallback, [*sun, special, sun[0]], 1)
+    check_streaming(byte_fallback, [*sun[:2], special, sun[2]], 1)
+
+
+def test_a_space_at_the_start_of_a_piece_is_kept(byte_fallback):
+    """The decoder takes one off, but only at the start of the whole text."""
+    ids = byte_fallback.encode("ab ab a")
+    for cut in range(1, len(ids)):
+        check_streaming(byte_fallback, ids, cut)
+    assert byte_fallback.decode(ids) == "ab ab a"
 
 
 def test_special_tokens_are_not_printed(text_folder):
@@ -288,6 +486,36 @@ def test_a_bad_or_hostile_template_is_refused(text_folder, template):
         Tokenizer(text_folder).render(["x"])
 
 
+def test_a_template_may_ask_for_tools_and_documents(text_folder):
+    """There are none; transformers tells templates so by None."""
+    template = (
+        "{{ tools is none }} {{ documents is none }}"
+        "{% if tools is not none %} use {{ tools }}{% endif %}"
+    )
+    set_fields(text_folder, "tokenizer_config.json", chat_template=template)
+    assert Tokenizer(text_folder).render(["x"]) == "True True"
+
+
+def test_a_template_may_mark_what_to_train_on(text_folder):
+    template = (
+        "{% for m in messages %}"
+        "{% generation %}[{{ m.content }}]{% endgeneration %}"
+        "{% endfor %}"
+    )
+    set_fields(text_folder, "tokenizer_config.json", chat_template=template)
+    assert Tokenizer(text_folder).render(["a", "b"]) == "[a][b]"
+
+
+def test_a_template_that_does_not_end_is_stopped(monkeypatch, text_folder):
+    release = Event()
+    monkeypatch.setattr(checkpoint, "TEMPLATE_SECONDS", 0.1)
+    monkeypatch.setattr(checkpoint.time, "strftime", lambda _: str(release.wait(60)))
+    set_fields(text_folder, "tokenizer_config.json", chat_template="{{ strftime_now('%Y') }}")
+    with pytest.raises(ModelError, match="did not end"):
+        Tokenizer(text_folder).render(["x"])
+    release.set()
+
+
 # ---------------------------------------------------------------- settings
 
 def test_a_model_may_suggest_settings(tmp_path):
@@ -301,6 +529,7 @@ def test_a_model_may_suggest_settings(tmp_path):
     {"depth": 3},
     {"draft_length": 4.5},
     {"skip_layers": "many"},
+    {"skip_layers": True},
     [1],
 ], ids=str)
 def test_suggestions_that_make_no_sense_are_refused(tmp_path, suggested):

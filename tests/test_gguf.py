@@ -98,19 +98,34 @@ def interleaved(name: str, weight: torch.Tensor, config: dict) -> torch.Tensor:
     return weight.contiguous()
 
 
-def convert(source: Path, out: Path, *flags: str) -> subprocess.CompletedProcess:
-    program = ROOT / "tools" / "gguf_to_safetensors.py"
-    return subprocess.run(
-        [sys.executable, program, source, out, *flags], capture_output=True, text=True)
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """A function that runs the program: (exit status, what it wrote to standard error)."""
+    def run(source: Path, out: Path, *flags: str) -> tuple[int, str]:
+        argv = ["gguf_to_safetensors.py", str(source), str(out), *flags]
+        monkeypatch.setattr(sys, "argv", argv)
+        status = 0
+        try:
+            gguf_to_safetensors.main()
+        except SystemExit as end:
+            status = end.code
+        return status, capsys.readouterr().err
+    return run
+
+
+def leftovers(folder: Path) -> set[str]:
+    """Names of all that lies in a folder."""
+    return {path.name for path in folder.iterdir()}
 
 
 # ---------------------------------------------------------------------------- properties
 
 @pytest.mark.parametrize("name", ["gqa-untied", "mha-tied", "head-dim"])
-def test_a_model_comes_back_with_its_logits_and_tokenizer(tmp_path, name):
+def test_a_model_comes_back_with_its_logits_and_tokenizer(tmp_path, convert, name):
     write_gguf(tmp_path / "m.gguf", GOLDEN / name)
-    done = convert(tmp_path / "m.gguf", tmp_path / "out", "--dtype", "float32")
-    assert done.returncode == 0, done.stderr
+    status, err = convert(tmp_path / "m.gguf", tmp_path / "out", "--dtype", "float32")
+    assert status == 0, err
+    assert leftovers(tmp_path) == {"m.gguf", "out"}
 
     expected = load_file(GOLDEN / name / "expected")
     model = load_model(tmp_path / "out")
@@ -130,7 +145,7 @@ def add_divisors(divisors: torch.Tensor):
     return extra
 
 
-def test_llama3_rope_scaling_is_recognised_by_its_divisors(tmp_path):
+def test_llama3_rope_scaling_is_recognised_by_its_divisors(tmp_path, convert):
     scaling = {
         "factor": 32.0,
         "low_freq_factor": 1.0,
@@ -141,18 +156,18 @@ def test_llama3_rope_scaling_is_recognised_by_its_divisors(tmp_path):
     scaled = replace(plain, rope_scaling=scaling)
     divisors = inverse_frequencies(plain) / inverse_frequencies(scaled)
     write_gguf(tmp_path / "good", GOLDEN / "llama3-rope", extra=add_divisors(divisors))
-    done = convert(tmp_path / "good", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    status, err = convert(tmp_path / "good", tmp_path / "out")
+    assert status == 0, err
     assert read_config(tmp_path / "out").rope_scaling == scaling
 
 
-def test_other_divisors_are_refused(tmp_path):
+def test_other_divisors_are_refused(tmp_path, convert):
     divisors = torch.tensor([1, 2.0, 3.0, 8.0])
     write_gguf(tmp_path / "bad", GOLDEN / "llama3-rope", extra=add_divisors(divisors))
-    done = convert(tmp_path / "bad", tmp_path / "out")
-    assert done.returncode == 2
-    assert "rope_freqs" in done.stderr
-    assert not (tmp_path / "out").exists()
+    status, err = convert(tmp_path / "bad", tmp_path / "out")
+    assert status == 2
+    assert "rope_freqs" in err
+    assert leftovers(tmp_path) == {"bad"}
 
 
 def test_a_sentencepiece_vocabulary_merges_by_score():
@@ -178,13 +193,12 @@ def test_a_sentencepiece_vocabulary_merges_by_score():
 
 
 @pytest.mark.parametrize("room", [0, 5_000])
-def test_large_models_come_in_several_files(tmp_path, monkeypatch, room):
+def test_large_models_come_in_several_files(tmp_path, monkeypatch, convert, room):
     """Of one tensor each, or of as many as there is room for: the same model."""
     monkeypatch.setattr(gguf_to_safetensors, "SHARD_BYTES", room)
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "m.gguf"), str(tmp_path / "out"),
-                                      "--dtype", "float32"])
     write_gguf(tmp_path / "m.gguf", GOLDEN / "gqa-untied")
-    gguf_to_safetensors.main()
+    status, err = convert(tmp_path / "m.gguf", tmp_path / "out", "--dtype", "float32")
+    assert status == 0, err
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     expected = load_file(GOLDEN / "gqa-untied" / "expected")
     model = load_model(tmp_path / "out")
@@ -218,11 +232,86 @@ def a_bias(path: Path):
     (another_architecture, "gemma"),
     (a_bias, "attn_q.bias"),
 ])
-def test_bad_files_are_refused_in_one_line_and_nothing_is_left(tmp_path, make, word):
+def test_bad_files_are_refused_in_one_line_and_nothing_is_left(tmp_path, convert, make, word):
     make(tmp_path / "m.gguf")
-    done = convert(tmp_path / "m.gguf", tmp_path / "out")
+    before = leftovers(tmp_path)
+    status, err = convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert status == 2
+    assert word in err
+    assert err.count("\n") == 1
+    assert leftovers(tmp_path) == before
+
+
+def test_the_program_ends_in_one_line_and_status_2(tmp_path):
+    garbage(tmp_path / "m.gguf")
+    program = ROOT / "tools" / "gguf_to_safetensors.py"
+    done = subprocess.run([sys.executable, program, tmp_path / "m.gguf", tmp_path / "out"],
+                          capture_output=True, text=True)
     assert done.returncode == 2
-    assert word in done.stderr
+    assert done.stderr.startswith("gguf_to_safetensors.py: ")
     assert done.stderr.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.partial").exists()
+
+
+# ---------------------------------------------------------------------------- other people's files
+
+KEPT = ["out.partial", "out.tmp", "out.old"]
+
+
+def other_folders(folder: Path):
+    """Folders of such names as the tool's own might have, with something in each."""
+    for name in KEPT:
+        (folder / name).mkdir()
+        (folder / name / "mine").write_text(name)
+
+
+def assert_kept(folder: Path):
+    for name in KEPT:
+        assert (folder / name / "mine").read_text() == name
+
+
+def test_nothing_that_it_did_not_make_is_deleted(tmp_path, convert):
+    other_folders(tmp_path)
+    write_gguf(tmp_path / "m.gguf", GOLDEN / "gqa-untied")
+    status, err = convert(tmp_path / "m.gguf", tmp_path / "out")
+    assert status == 0, err
+    assert_kept(tmp_path)
+    assert leftovers(tmp_path) == {"m.gguf", "out", *KEPT}
+
+
+@pytest.mark.parametrize("error", [OSError("full"), RuntimeError("broken"), KeyboardInterrupt()],
+                         ids=lambda error: type(error).__name__)
+def test_a_conversion_that_fails_halfway_deletes_only_what_it_made(
+    tmp_path, monkeypatch, convert, error
+):
+    other_folders(tmp_path)
+    write_gguf(tmp_path / "m.gguf", GOLDEN / "gqa-untied")
+
+    def fail(folder, *_):
+        (folder / "half").write_text("of it")
+        raise error
+
+    monkeypatch.setattr(gguf_to_safetensors, "write_weights", fail)
+    try:
+        status, _ = convert(tmp_path / "m.gguf", tmp_path / "out")
+        assert status == 2
+    except KeyboardInterrupt:
+        assert isinstance(error, KeyboardInterrupt)
+    assert_kept(tmp_path)
+    assert leftovers(tmp_path) == {"m.gguf", *KEPT}
+
+
+@pytest.mark.parametrize("existing", ["file", "folder"])
+def test_what_exists_already_stays(tmp_path, convert, existing):
+    write_gguf(tmp_path / "m.gguf", GOLDEN / "gqa-untied")
+    out = tmp_path / "out"
+    if existing == "folder":
+        out.mkdir()
+        (out / "mine").write_text("kept")
+    else:
+        out.write_text("kept")
+    status, err = convert(tmp_path / "m.gguf", out)
+    assert status == 2
+    assert "exists already" in err
+    kept = out / "mine" if existing == "folder" else out
+    assert kept.read_text() == "kept"
+    assert leftovers(tmp_path) == {"m.gguf", "out"}

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICE, feed, random_model, tokens_of, valid
 from safetensors.torch import load_file
 
 from checkpoint import load_model
-from conftest import DEVICE, feed, random_model, tokens_of, valid
 from model import KVCache, causal_mask
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -219,6 +219,7 @@ DAMAGE = {
     "a vocabulary of 1e9": (config(vocab_size=10 ** 9), "its sizes imply"),
     "20,000 layers": (config(num_hidden_layers=20_000), "its sizes imply"),
     "a size that is no whole number": (config(vocab_size=1e18), "positive integers"),
+    "a size that is true": (config(hidden_size=True, head_dim=8), "positive integers"),
     "a negative size": (config(intermediate_size=-48), "positive integers"),
     # the tokenizer and the other settings
     "no tokenizer.json": (without("tokenizer.json"), "tokenizer.json"),
@@ -368,9 +369,8 @@ def hear_ctrl_c():
 
 
 def start(folder: Path, *argv: str) -> subprocess.Popen:
-    tokens = str(TOKENS if folder.name == "model" else 12)
     command = [sys.executable, ROOT / "generate.py", "--model", folder, "--device", "cpu",
-               "--prompt", "The king", "--temperature", "1", "--max-new-tokens", tokens, *argv]
+               "--prompt", "The king", "--temperature", "1", "--max-new-tokens", str(TOKENS), *argv]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=hear_ctrl_c)
 
@@ -498,7 +498,7 @@ def test_a_closed_standard_file_is_named(redirection, argv, word):
     assert done.stdout == ""
     assert_one_line(done.stderr)
     assert word in done.stderr
-    print(f"| `{' '.join(argv)} {redirection}` | {done.stderr.strip()} |")
+    print(f"| `{' '.join([*argv, redirection])}` | {done.stderr.strip()} |")
 
 
 @pytest.mark.thorough
