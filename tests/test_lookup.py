@@ -153,5 +153,5 @@ def test_greedy_text_is_plain_decodings_bit_for_bit(any_model):
 def test_a_text_that_repeats_itself_is_drafted():
     """A tiny greedy model soon goes in circles."""
     stats = Stats()
-    list(decode(random_model(vocabulary=5, residual=0.01), [1, 2], 100, Lookup(4), stats=stats))
+    list(decode(random_model(vocabulary=13, residual=0.01), [1, 2], 100, Lookup(4), stats=stats))
     assert stats.tau > 2
