@@ -423,7 +423,7 @@ class Clasp(SkippingDrafter):
             self.choose_layers(text, hidden)
 
     def observe(self, text: Text, outcome: Outcome):
-        """Choose layers anew every ``opt_interval`` cycles; after the first if ``begin`` could not."""
+        """Choose layers anew every ``opt_interval`` cycles, or at once if ``begin`` could not."""
         if self.skip is None or text.stats.cycles % self.opt_interval == 0:
             self.choose_layers(text, outcome.hidden)
 
