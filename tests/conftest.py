@@ -26,8 +26,7 @@ if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""           # the programs would take a GPU that is there
 REAL = os.environ.get("CLASP_REAL_MODEL")
 THREADS = torch.get_num_threads()
-if not REAL:
-    torch.set_num_threads(1)                          # small models: threads would only wait
+torch.set_num_threads(1)                              # on cores that others use, threads only wait
 
 settings.register_profile("default", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5000, deadline=None)
