@@ -296,10 +296,8 @@ def stored_names(files: list[Path]) -> set[str]:
 
 def refuse_impossible_sizes(folder: Path, config: Config, files: list[Path]):
     """Before memory is asked for: do the files hold as many bytes as the config implies weights?"""
-    c = config
-    heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads     # of q, k, v and o
-    layer = c.hidden_size * (heads * c.head_dim + 3 * c.intermediate_size)
-    weights = c.num_hidden_layers * layer + c.vocab_size * c.hidden_size
+    embedding = config.vocab_size * config.hidden_size
+    weights = config.num_hidden_layers * config.layer_weights + embedding
     stored = sum(path.stat().st_size for path in files)
     if weights > stored:
         shown = f"{weights:,}" if weights < 1e15 else "too many"   # more digits than a float has

@@ -224,7 +224,7 @@ class Decoder:
         return Auto(self.model, self.draft_length, costs)
 
     @cached_property
-    def exact_width(self) -> int:
+    def exact_width(self) -> int | None:
         return exact_width(self.model, self.draft_length + 1)
 
     @property

@@ -46,6 +46,12 @@ class Config:
     rope_scaling: dict | None = None     # None, or the fields of rope_type "llama3"
     tie_word_embeddings: bool = False
 
+    @property
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of one layer: q and o, k and v, and the three of the MLP."""
+        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
+        return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+
 
 def inverse_frequencies(config: Config) -> Tensor:
     """RoPE's angle per position for each pair of dimensions: float32 (head_dim / 2,).

@@ -7,6 +7,7 @@ import torch
 
 from checkpoint import (
     BUNDLED,
+    SUGGESTIBLE,
     Tokenizer,
     empty_model,
     find_folder,
@@ -37,7 +38,6 @@ SHAPES = {
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192),
 }
-SETTINGS = ("skip_layers", "draft_length", "exit_threshold", "opt_interval")
 
 
 @dataclass
@@ -133,7 +133,7 @@ def clasp_settings(layers: int, suggested: dict, args) -> dict:
         "exit_threshold": EXIT_THRESHOLD,
         "opt_interval": OPT_INTERVAL,
     }
-    typed = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    typed = {name: getattr(args, name) for name in SUGGESTIBLE if getattr(args, name) is not None}
     return settings | suggested | typed
 
 

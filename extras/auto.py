@@ -149,7 +149,7 @@ class Auto(Drafter):
         """The budget and draft length of the highest expected rate."""
         self.times = self.costs.current()
         lengths = range(1, self.draft_length + 1)
-        verify_times = [self.costs.verify_time(length + 1, self.times) for length in lengths]
+        verify_times = self.costs.verify_times([length + 1 for length in lengths], self.times)
         best = Choice()
         for budget in self.sets:
             acceptance = 1 - self.rejection(budget)
@@ -333,22 +333,17 @@ class Costs:
         """A pass of so many rows; in passes of one shape, the price of every pass."""
         self.note("verify" if self.one_shape else ("verify", rows), seconds)
 
-    def verify_time(self, rows: int, times: dict[str, float]) -> float:
-        """Of a pass of ``rows``, by the passes nearest in size whose time is known.
+    def verify_times(self, sizes: list[int], times: dict[str, float]) -> list[float]:
+        """Of passes of so many rows each, by the passes nearest in size whose time is known.
 
         Between two sizes on the line through both; a plain step is a pass of 1 row. Past the
         largest, and before any is measured, by the guess of SHAPE (or the fixed times).
         """
         if self.one_shape:
-            return times["verify"]
+            return [times["verify"]] * len(sizes)
+        known = [(1, times["plain"]), *self.known_passes()]
         slope = (times["verify"] - times["plain"]) / (VERIFY_ROWS - 1)
-        lower, lower_time = 1, times["plain"]
-        for size, time in self.known_passes():
-            if size >= rows:
-                share = (rows - lower) / (size - lower)
-                return lower_time + share * (time - lower_time)
-            lower, lower_time = size, time
-        return lower_time + slope * (rows - lower)
+        return [time_between(known, rows, slope) for rows in sizes]
 
     def known_passes(self) -> list[tuple[int, float]]:
         """(rows, time) of the verify passes measured often enough, in order."""
@@ -378,10 +373,19 @@ class Costs:
         return times
 
 
+def time_between(known: list[tuple[int, float]], rows: int, slope: float) -> float:
+    """On the lines through (rows, time), in order; after the last, on one of this slope."""
+    lower, lower_time = known[0]
+    for size, time in known[1:]:
+        if size >= rows:
+            share = (rows - lower) / (size - lower)
+            return lower_time + share * (time - lower_time)
+        lower, lower_time = size, time
+    return lower_time + slope * (rows - lower)
+
+
 def head_share(model: Llama) -> float:
     """Of the weights that one token reads, the head's share."""
     c = model.config
-    attention = 2 * c.head_dim * (c.num_attention_heads + c.num_key_value_heads)
-    layer = c.hidden_size * (attention + 3 * c.intermediate_size)
     head = c.hidden_size * c.vocab_size
-    return head / (head + c.num_hidden_layers * layer)
+    return head / (head + c.num_hidden_layers * c.layer_weights)

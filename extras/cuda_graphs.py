@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from extras.packed import attend_folded
-from model import BLOCK, KVCache, Llama, storable
+from model import BLOCK, KVCache, Llama, storable, whole_blocks
 
 FEW = 16                      # rows; passes of more, the prompt's, run without graphs
 MOST_PASSES = 64              # kinds kept per cache: some 10 KB for each kernel of each layer
@@ -219,7 +219,7 @@ class GraphedLlama:
         position: of all rows; None, each at its slot.
         """
         memory = self.memory_of(cache)
-        blocks = -(-end // BLOCK)
+        blocks = whole_blocks(end) // BLOCK
         step = BLOCK * max(1, 2 ** (blocks - 1).bit_length() // 8)
         slots = min(-(-end // step) * step, memory.capacity)
         current = self.pass_of(memory, rows, slots)

@@ -67,6 +67,24 @@ def random_model(
     return model.requires_grad_(False).eval().to(DEVICE)
 
 
+def model_that_overflows():
+    """Layer 4 makes NaN of all that has not passed layer 3, so a draft without it is NaN."""
+    model = random_model()
+    sign = torch.zeros(32, device=DEVICE)
+    sign[0] = 1e4
+
+    def add_sign(module, given, out):
+        return out + sign
+
+    def expect_sign(module, given):
+        x = given[0]
+        return torch.where(x[..., :1] > 5e3, x - sign, torch.nan), *given[1:]
+
+    model.layers[3].register_forward_hook(add_sign)
+    model.layers[4].register_forward_pre_hook(expect_sign)
+    return model
+
+
 def tokens_of(model, count: int, seed: int = 0) -> list[int]:
     """Random tokens of a model's vocabulary."""
     random = torch.Generator().manual_seed(seed)

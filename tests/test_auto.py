@@ -174,7 +174,7 @@ def test_where_it_does_not_pay_trials_cost_no_more_than_their_share(residual):
     model = random_model(residual=residual, context=2048)
     auto = Auto(model, 1, HOPELESS)
     stats = write(model, auto, 1500)
-    verify = auto.costs.verify_time(2, HOPELESS)
+    verify = auto.costs.verify_times([2], HOPELESS)[0]
     trial = verify + auto.costs.share(1 / 6) * HOPELESS["draft"]     # one layer left out, at most
     spent = stats.optimizations * HOPELESS["optimize"]
     spent += stats.drafted * trial + (stats.cycles - stats.drafted) * HOPELESS["plain"]
@@ -328,7 +328,7 @@ def test_times_are_compared_at_equal_pace():
                 else:
                     costs.note(kind, true[kind] * pace)
     times = costs.current()
-    verify = costs.verify_time(VERIFY_ROWS, times)
+    verify = costs.verify_times([VERIFY_ROWS], times)[0]
     assert verify / times["draft"] == pytest.approx(1.6, rel=0.05)
     assert median(costs.last["plain"]) / times["draft"] == pytest.approx(1.5, rel=0.25)
 
@@ -341,7 +341,7 @@ def test_a_plain_step_is_never_thought_to_take_longer_than_a_verify_pass():
         costs.note_verify(1.2, rows=5)
         costs.note("draft", 0.5, costs.share(0.5))
     times = costs.current()
-    assert times["plain"] <= costs.verify_time(5, times)
+    assert times["plain"] <= costs.verify_times([5], times)[0]
 
 
 def test_shares_follow_the_weights():
@@ -360,7 +360,7 @@ def test_in_one_shape_a_plain_step_costs_a_verify_pass():
     costs.one_shape = True
     times = costs.current()
     assert times == HOPELESS | {"plain": 9.0}
-    assert [costs.verify_time(rows, times) for rows in (2, 5, 60)] == [9.0] * 3
+    assert costs.verify_times([2, 5, 60], times) == [9.0] * 3
 
 
 def test_in_one_shape_all_passes_are_measured_as_one_kind():
@@ -370,12 +370,12 @@ def test_in_one_shape_all_passes_are_measured_as_one_kind():
         costs.note_verify(3.0, rows)
     times = costs.current()
     assert times["plain"] == times["verify"] == pytest.approx(3.0)
-    assert costs.verify_time(60, times) == pytest.approx(3.0)
+    assert costs.verify_times([60], times)[0] == pytest.approx(3.0)
 
 
 def times_of(costs: Costs, *rows: int) -> list[float]:
     times = costs.current()
-    return [costs.verify_time(count, times) for count in rows]
+    return costs.verify_times(list(rows), times)
 
 
 def test_a_pass_costs_what_passes_of_its_rows_took():

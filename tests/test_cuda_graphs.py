@@ -16,6 +16,7 @@ from conftest import (
     DEVICE,
     all_but,
     feed,
+    model_that_overflows,
     random_model,
     same_bits,
     tokens_of,
@@ -344,24 +345,6 @@ def test_decoding_may_stop_anywhere_and_go_on():
 
 
 # ---------------------------------------------------------------- what overflows
-
-def model_that_overflows():
-    """Layer 4 makes NaN of all that has not passed layer 3, so a draft without it is NaN."""
-    model = random_model()
-    sign = torch.zeros(32, device=DEVICE)
-    sign[0] = 1e4
-
-    def add_sign(module, given, out):
-        return out + sign
-
-    def expect_sign(module, given):
-        x = given[0]
-        return torch.where(x[..., :1] > 5e3, x - sign, torch.nan), *given[1:]
-
-    model.layers[3].register_forward_hook(add_sign)
-    model.layers[4].register_forward_pre_hook(expect_sign)
-    return model
-
 
 @pytest.mark.parametrize("width", [None, 8])
 def test_a_draft_that_overflows_leaves_no_trace(width):

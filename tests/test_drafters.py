@@ -1,7 +1,7 @@
 """Drafters: what CLaSp's does as the paper says, and why no drafter can change the text."""
 import pytest
 import torch
-from conftest import DEVICE, feed, random_model, tokens_of
+from conftest import DEVICE, feed, model_that_overflows, random_model, tokens_of
 from enumeration import NUCLEUS, error_of_the_induced_distribution
 
 import speculative
@@ -183,20 +183,7 @@ def test_any_fixed_set_writes_the_models_own_text(skip):
 
 
 def test_layers_that_overflow_when_others_are_left_out_do_no_harm():
-    """Layer 4 makes NaN of all that has not passed layer 3, so a draft without it is NaN."""
-    model = random_model()
-    sign = torch.zeros(32, device=DEVICE)
-    sign[0] = 1e4
-
-    def add_sign(module, given, out):
-        return out + sign
-
-    def expect_sign(module, given):
-        x = given[0]
-        return torch.where(x[..., :1] > 5e3, x - sign, torch.nan), *given[1:]
-
-    model.layers[3].register_forward_hook(add_sign)
-    model.layers[4].register_forward_pre_hook(expect_sign)
+    model = model_that_overflows()
     for width in (None, 8):
         expected = list(autoregressive(model, [1, 2, 3], 30, width=width))
         for settings in ({}, {"exit_threshold": 0.1}):
