@@ -37,6 +37,7 @@ from dp_skip import Selection, select_layers
 from model import BLOCK, KVCache, Llama, ModelError, whole_blocks
 
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly
+KEPT_STATES = 64              # of the prompt's last tokens the drafter is told the states
 
 # The defaults of CLaSp's settings, by measurement (see results/).
 DRAFT_LENGTH = 4
@@ -58,7 +59,8 @@ class Stats:
     accepted: int = 0
     optimizations: int = 0             # runs of the DP
     tokens: list[int] = field(default_factory=list)                 # the new ones
-    from_draft: list[bool] = field(default_factory=list)            # did the draft write it?
+    sources: list[str] = field(default_factory=list)
+    # (of each new token: the ``Draft.source`` that proposed it; "" if the whole model wrote it)
     skip_sets: list[tuple[int, frozenset[int]]] = field(default_factory=list)
     # (how many new tokens there were, the set of layers that was chosen then)
 
@@ -70,6 +72,11 @@ class Stats:
     @property
     def new_tokens(self) -> int:
         return len(self.tokens)
+
+    @property
+    def from_draft(self) -> list[bool]:
+        """Of each new token: did a draft write it?"""
+        return [source != "" for source in self.sources]
 
     @property
     def tokens_per_second(self) -> float:
@@ -120,15 +127,16 @@ class Text:
         """Back to the cache's invariant: it holds all tokens but the pending one."""
         self.cache.length = len(self.tokens) - 1
 
-    def add(self, token: int, from_draft: bool = False):
+    def add(self, token: int, source: str = ""):
         """Write the next token, which is pending from now on; the cache is rolled back to it.
 
         After a cycle's last token that is cache.length = n + accepted + 1.
+        source: of the draft that proposed it, if one did.
         """
         self.tokens.append(token)
         self.roll_back()
         self.stats.tokens.append(token)
-        self.stats.from_draft.append(from_draft)
+        self.stats.sources.append(source)
 
     @contextmanager
     def timed(self, name: str):
@@ -148,13 +156,15 @@ class Draft(NamedTuple):
     """Proposed tokens, and for each the distribution q (vocabulary,) it was drawn from."""
     tokens: list[int]
     distributions: list[Tensor | None]      # None when greedy
+    source: str = "draft"                   # who drafted, for statistics: "layers", "lookup"
 
 
 class Outcome(NamedTuple):
     """What came of a cycle."""
     draft: Draft
     accepted: int             # tokens of the draft
-    hidden: Tensor            # (L+1, hidden size): h_0 .. h_L of the last token in the cache
+    hidden: Tensor            # (L+1, accepted + 1, hidden size): h_0 .. h_L of the cycle's tokens
+                              # that stay in the cache: the pending one, then those accepted
     seconds: dict[str, float]           # of this "draft" and "verify", and the "optimize" before
 
 
@@ -172,9 +182,10 @@ class Drafter:
     """
 
     def begin(self, text: Text, hidden: Tensor | None):
-        """A text starts. hidden (L+1, hidden size): the states of the last token in the cache.
+        """A text starts. hidden (L+1, n, hidden size): states of the last n tokens in the cache.
 
-        None if they are not known: the prompt has one token, or a cache that was given holds it.
+        n is KEPT_STATES at most, and as many as the prefill put there. None if there are none: the
+        prompt has one token, or a cache that was given holds it.
         """
 
     def propose(self, text: Text, most: int) -> Draft:
@@ -228,12 +239,12 @@ def decode(
             states, logits = full_pass(model, text.cache, [pending, *draft.tokens], text.width)
             accepted, own = accept(text, draft, logits)
             require_finite(logits[:accepted + 1])
-            hidden = torch.stack([state[0, accepted] for state in states])
+            hidden = torch.stack([state[0, :accepted + 1] for state in states])
         text.stats.cycles += 1
         text.stats.drafted += len(draft.tokens)
         text.stats.accepted += accepted
         for i, token in enumerate([*draft.tokens[:accepted], own]):
-            text.add(token, from_draft=i < accepted)
+            text.add(token, draft.source if i < accepted else "")
             yield token
             if text.is_finished:
                 return
@@ -296,11 +307,16 @@ def new_text(
 
 
 def prefill(model: Llama, cache: KVCache, tokens: list[int]) -> Tensor | None:
-    """Put tokens into the cache; return the last one's hidden states (L+1, hidden size), if any."""
-    states = []
+    """Put tokens into the cache; return the hidden states of the last ones, if any.
+
+    They are (L+1, n, hidden size), of n <= KEPT_STATES tokens.
+    """
+    hidden = None
     for i in range(0, len(tokens), PREFILL_ROWS):
         states = model(as_row(model, tokens[i:i + PREFILL_ROWS]), cache)
-    return torch.stack([state[0, -1] for state in states]) if states else None
+        piece = torch.stack([state[0, -KEPT_STATES:] for state in states])
+        hidden = piece if hidden is None else torch.cat((hidden, piece), 1)[:, -KEPT_STATES:]
+    return hidden
 
 
 def checked_draft(drafter: Drafter, text: Text) -> Draft:
@@ -420,12 +436,12 @@ class Clasp(SkippingDrafter):
         """Choose layers by the prompt's states, if they are known."""
         self.skip = None
         if hidden is not None:
-            self.choose_layers(text, hidden)
+            self.choose_layers(text, hidden[:, -1])
 
     def observe(self, text: Text, outcome: Outcome):
         """Choose layers anew every ``opt_interval`` cycles, or at once if ``begin`` could not."""
         if self.skip is None or text.stats.cycles % self.opt_interval == 0:
-            self.choose_layers(text, outcome.hidden)
+            self.choose_layers(text, outcome.hidden[:, -1])
 
     def choose_layers(self, text: Text, hidden: Tensor):
         """Run the DP for the one budget M, and note its set in the statistics."""
@@ -476,7 +492,7 @@ def draft_by_skipping(
         sure = go_on is None or go_on(logits.float().softmax(-1).max().item())
         if token in text.stop or not sure:
             break
-    return Draft(tokens, distributions)
+    return Draft(tokens, distributions, source="layers")
 
 
 # ---------------------------------------------------------------------------- acceptance

@@ -27,8 +27,8 @@ class Lookup(Drafter):
         found = self.find(text.tokens, min(most, self.draft_length))
         found = up_to_stop(found, text.stop)
         if text.temperature == 0:
-            return Draft(found, [None] * len(found))
-        return Draft(found, list(one_hot(found, text)))
+            return Draft(found, [None] * len(found), source="lookup")
+        return Draft(found, list(one_hot(found, text)), source="lookup")
 
     def find(self, tokens: list[int], count: int) -> list[int]:
         """What followed the longest run of last tokens that stood before; most recently, if often.

@@ -238,7 +238,7 @@ def test_a_drafter_is_told_what_became_of_its_draft(wrong_from):
         assert set(outcome.seconds) >= {"draft", "verify", "optimize"}
 
 
-def test_a_drafter_gets_the_states_of_the_last_token_in_the_cache():
+def test_a_drafter_gets_the_states_of_the_last_tokens_in_the_cache():
     model = random_model()
     expected = list(autoregressive(model, [1, 2, 3], 21))
     recorder = Recorder(expected, wrong_from=2)
@@ -247,8 +247,10 @@ def test_a_drafter_gets_the_states_of_the_last_token_in_the_cache():
         if event == "propose":
             continue
         hidden = what if event == "begin" else what.hidden
+        count = 2 if event == "begin" else what.accepted + 1
+        assert hidden.shape[1] == count
         states = model(torch.tensor([tokens[:-1]], device=DEVICE))
-        assert torch.allclose(hidden, torch.stack([s[0, -1] for s in states]), atol=1e-5)
+        assert torch.allclose(hidden, torch.stack([s[0, -count:] for s in states]), atol=1e-5)
     alone = Recorder()
     next(decode(model, [1], 5, alone))
     assert alone.told[0] == ("begin", [1], None)

@@ -454,7 +454,7 @@ def begins(one, prompt: list[int]):
               "With a prompt of one token the cache is empty, and begin is given None",
               f"prompt {prompt}: hidden")
     else:
-        is_state_of(one.hidden, prompt[:-1], f"prompt {prompt}: hidden in begin")
+        are_states_of(one.hidden, prompt[:-1], len(prompt) - 1, f"prompt {prompt}: hidden in begin")
 
 
 def observes(one, cycle: int, played: Played, prompt: list[int], example: str):
@@ -469,32 +469,30 @@ def observes(one, cycle: int, played: Played, prompt: list[int], example: str):
           f"{example}: cache.length")
     equal(one.cycles, cycle + 1,
           "When observe is called, stats.cycles counts the cycle", f"{example}: stats.cycles")
-    is_state_of(outcome.hidden, cached, f"{example}: hidden of the Outcome")
+    are_states_of(outcome.hidden, cached, outcome.accepted + 1,
+                  f"{example}: hidden of the Outcome")
     missing = {"draft", "verify", "optimize"} - one.seconds
     equal(missing, set(),
           "An Outcome has the seconds of draft, verify and optimize: text.laps",
           f"{example}: missing")
 
 
-def is_state_of(hidden, tokens: list[int], example: str):
-    """Is it h_0 .. h_L of the last of these tokens?"""
+def are_states_of(hidden, tokens: list[int], count: int, example: str):
+    """Is it h_0 .. h_L of the last ``count`` of these tokens?"""
     if not isinstance(hidden, Tensor):
         raise PropertyError(
-            "A drafter is given the hidden states of one token, (L+1, dim)",
+            "A drafter is given hidden states, (L+1, n, dim)",
             f"{example}: got {show(hidden)}")
-    equal(tuple(hidden.shape), (LAYERS + 1, VOCABULARY),
-          "A drafter is given h_0 .. h_L of one token, (L+1, dim)", f"{example}: shape")
-    if torch.allclose(hidden, states_of(tokens)):
-        return
-    lengths = range(1, len(tokens))
-    others = [n for n in lengths if torch.allclose(hidden, states_of(tokens[:n]))]
-    got = "those of a token that was not accepted, or no token's"
-    if others:
-        got = f"those after {tokens[:others[-1]]}"
-    raise PropertyError(
-        "A drafter is given h_0 .. h_L of the last token in the cache: the last drafted token "
-        "accepted, or the pending one if none was",
-        f"{example}: expected the states after {tokens}, got {got}")
+    equal(tuple(hidden.shape), (LAYERS + 1, count, VOCABULARY),
+          "A drafter is given h_0 .. h_L of the last n tokens in the cache, (L+1, n, dim): in "
+          "begin of the prompt's, then of those that the last cycle put there (the pending one, "
+          "and the drafted ones accepted)", f"{example}: shape")
+    for i in range(count):
+        before = tokens[:len(tokens) - count + i + 1]
+        if not torch.allclose(hidden[:, i], states_of(before)):
+            raise PropertyError(
+                "A drafter is given h_0 .. h_L of the last tokens in the cache, in their order",
+                f"{example}: states number {i} of {count} are not those after {before}")
 
 
 @check(1, "The loop: sampling, and passes of one width")
@@ -536,7 +534,7 @@ def statistics():
     played = play([1, 2, 3], 10, script)
     flags = []
     for accepted in played.accepted:
-        flags += [True] * accepted + [False]
+        flags += ["draft"] * accepted + [""]
     drafted = sum(len(judged.drafted) for judged in played.judged)
     example = told([1, 2, 3], 10, script)
     for name, meaning, expected in (
@@ -545,7 +543,8 @@ def statistics():
         ("drafted", "counts the tokens drafted", drafted),
         ("accepted", "counts the drafted tokens accepted, without the verifier's own",
          sum(played.accepted)),
-        ("from_draft", "tells of each new token whether the draft wrote it", flags[:10]),
+        ("sources", "names the source of the draft that each new token came from, \"\" if none",
+         flags[:10]),
     ):
         equal(getattr(played.stats, name), expected,
               f"stats.{name} {meaning}", f"{example}: {name}")
@@ -641,7 +640,8 @@ def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
         happened.skips.append(seen.drafts[-1].skip if len(seen.drafts) > drafts else None)
         text.stats.cycles += 1
         text.stats.tokens += [0, 0]
-        told = torch.full((LAYERS + 1, VOCABULARY), float(cycle))
+        told = torch.full((LAYERS + 1, 2, VOCABULARY), -1.0)
+        told[:, -1] = cycle
         runs = len(seen.runs)
         drafter.observe(text, speculative.Outcome(speculative.Draft([], []), 1, told, {}))
         happened.due += [cycle] * (len(seen.runs) - runs)
@@ -655,7 +655,7 @@ def due(hidden: Tensor | None, interval: int) -> list[int]:
     return cycles if first in cycles else [first, *cycles]
 
 
-STATES = torch.zeros(LAYERS + 1, VOCABULARY)
+STATES = torch.zeros(LAYERS + 1, 3, VOCABULARY)
 LIVES = [(STATES, 1), (STATES, 2), (STATES, 3), (None, 1), (None, 2), (None, 3)]
 
 

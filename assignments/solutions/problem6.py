@@ -132,8 +132,8 @@ def decode(model, prompt, max_new_tokens, drafter, **settings):
             accepted, own = speculative.accept(text, draft, logits)
             checked = accepted + 1
             speculative.require_finite(logits[:checked])
-            row = accepted
-            hidden = torch.cat([state[0, row:row + 1] for state in states])
+            kept = slice(0, accepted + 1)
+            hidden = torch.cat([state[:, kept] for state in states])
         stats.cycles += 1
         stats.drafted += len(draft.tokens)
         stats.accepted += accepted
@@ -143,7 +143,7 @@ def decode(model, prompt, max_new_tokens, drafter, **settings):
             text.tokens.append(token)
             text.cache.length = n + i + 1
             stats.tokens.append(token)
-            stats.from_draft.append(i < accepted)
+            stats.sources.append(draft.source if i < accepted else "")
             yield token
             if text.is_finished:
                 break
@@ -208,14 +208,14 @@ decode.mistake(
     "rows as many as drafted",
     ("rows, text.width)", "rows, None)"))
 decode.mistake(
-    "states of the last drafted row",
-    ("row = accepted", "row = len(draft.tokens)"))
+    "states of rejected tokens too",
+    ("slice(0, accepted + 1)", "slice(0, len(rows))"))
 decode.mistake(
-    "states of the row before",
-    ("row = accepted", "row = max(accepted - 1, 0)"))
+    "states of the last row accepted only",
+    ("slice(0, accepted + 1)", "slice(accepted, accepted + 1)"))
 decode.mistake(
-    "states of the pending row",
-    ("row = accepted", "row = 0"))
+    "states of the pending row only",
+    ("slice(0, accepted + 1)", "slice(0, 1)"))
 decode.mistake(
     "begin not called",
     ("drafter.begin(text, hidden)", "pass"))
@@ -248,7 +248,7 @@ decode.mistake(
     ("stats.accepted += accepted", "stats.accepted += accepted + 1"))
 decode.mistake(
     "all tokens of an accepted draft counted as the draft's",
-    ("append(i < accepted)", "append(accepted > 0)"))
+    ("if i < accepted else", "if accepted else"))
 decode.mistake(
     "cycles counted after the drafter is told",
     ("stats.cycles += 1\n", "first = stats.cycles == 0\n"),
@@ -299,7 +299,7 @@ def begin(self, text, hidden):
     if hidden is None:
         self.skip = None
     else:
-        self.choose_layers(text, hidden)
+        self.choose_layers(text, hidden[:, -1])
 
 
 begin.mistake(
@@ -307,7 +307,7 @@ begin.mistake(
     ("self.skip = None", "pass"))
 begin.mistake(
     "no DP after the prefill",
-    ("self.choose_layers(text, hidden)", "self.skip = None"))
+    ("self.choose_layers(text, hidden[:, -1])", "self.skip = None"))
 
 
 @solves("speculative.Clasp.observe")
@@ -315,7 +315,7 @@ def observe(self, text, outcome):
     cycles = text.stats.cycles
     due = not cycles % self.opt_interval
     if due or self.skip is None:
-        self.choose_layers(text, outcome.hidden)
+        self.choose_layers(text, outcome.hidden[:, -1])
 
 
 observe.mistake(
