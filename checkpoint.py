@@ -511,6 +511,7 @@ SUGGESTIBLE = {
     "draft_length": int,
     "exit_threshold": int | float,
     "opt_interval": int,
+    "opt_tokens": int,
 }
 
 

@@ -15,6 +15,9 @@ Keeping one survivor a cell makes it an approximation (§3.5): what is closest t
 closest to h_L. In return L layers and M budgets cost at most L * M layer calls, and the last row of
 the table holds a set for *every* budget up to M.
 
+One token's states are a noisy judge. The same DP over the last T tokens takes T states a cell, each
+run at its own token's position, and compares their mean. With T = 1 it is the paper's.
+
 Two errata of the paper: Eq. (1) prints arg min where the arg max of the cosine is meant, and the
 pseudocode recovers the path by comparing vectors; here every cell's choice is kept.
 
@@ -28,24 +31,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# layer(i, rows): decoder layer i (counted from 0) on rows (m, dim), each a candidate state of the
-# *same* token, none of which may see another. Returns (m, dim).
+# layer(i, candidates): decoder layer i (counted from 0) on candidates (m, dim), each a state of the
+# *same* token, none of which may see another; or (m, T, dim), each T states of the same T tokens.
+# Returns the same shape.
 Layer = Callable[[int, Tensor], Tensor]
+
+# measure(candidates, state): how far candidates (m, dim) lie from the true state (dim,): (m,). Of
+# candidates (m, T, dim) and T states (T, dim): the root of the mean square over the T tokens.
+Measure = Callable[[Tensor, Tensor], Tensor]
 
 
 class Selection(NamedTuple):
     """The answer for each budget m = 0 .. M (or from ``smallest`` on)."""
     skip_sets: list[frozenset[int]]     # the layers to skip, counted from 0
     cosines: list[float]                # cosine of h_L with the state that the set leads to
+                                        # (of T tokens: the mean)
 
 
-def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
-    """Algorithm 1 as it reads: one layer call per cell. states (L+1, dim): h_0 .. h_L of one token.
+def select_layers_plain(
+    layer: Layer, states: Tensor, budget: int, measure: Measure | None = None
+) -> Selection:
+    """Algorithm 1 as it reads: one layer call per cell.
 
+    states: h_0 .. h_L of one token (L+1, dim), or of T tokens (L+1, T, dim).
+    measure: how to compare with h_i; None: ``distances``, the paper's.
     Raises ValueError unless 0 <= budget <= L.
     """
     layers = layer_count(states, budget)
-    targets = unit(states)
+    measure = measure or distances
     g = {(0, 0): states[0]}
     skipped = {}                                         # (i, j): did this cell skip layer i?
     for i in range(1, layers + 1):
@@ -57,19 +70,26 @@ def select_layers_plain(layer: Layer, states: Tensor, budget: int) -> Selection:
             else:
                 run = layer(i - 1, g[i - 1, j][None])[0]
                 skip = g[i - 1, j - 1]
-                to_run, to_skip = distances(torch.stack((run, skip)), targets[i]).tolist()
+                to_run, to_skip = measure(torch.stack((run, skip)), states[i]).tolist()
                 skipped[i, j] = not to_run <= to_skip    # NaN, from overflow, compares as false
                 g[i, j] = skip if skipped[i, j] else run
     final = torch.stack([g[layers, m] for m in range(budget + 1)])
     sets = [walk_back(lambda i, j: skipped[i, j], layers, m) for m in range(budget + 1)]
-    return Selection(sets, cosines(final, targets[layers]))
+    return Selection(sets, cosines(final, states[layers]))
 
 
-def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0) -> Selection:
+def select_layers(
+    layer: Layer,
+    states: Tensor,
+    budget: int,
+    smallest: int = 0,
+    measure: Measure | None = None,
+) -> Selection:
     """The same in fewer than L calls of ``layer``, each on at most ``budget`` rows (§3.6).
 
-    states (L+1, dim): h_0 .. h_L of one token. Row j of g is g(i, j): all start as h_0, and layer
-    i updates the cells that have a choice, 0 < j < i, from themselves and their left neighbours:
+    states: h_0 .. h_L of one token (L+1, dim), or of T tokens (L+1, T, dim). Row j of g is g(i, j):
+    all start as h_0, and layer i updates the cells that have a choice, 0 < j < i, from themselves
+    and their left neighbours:
 
                 j = 0    1    2    3
         i = 0     h_0  h_0  h_0  h_0
@@ -85,24 +105,25 @@ def select_layers(layer: Layer, states: Tensor, budget: int, smallest: int = 0) 
     0 <= smallest <= budget <= L.
     """
     layers = layer_count(states, budget, smallest)
-    targets = unit(states)
-    g = states[:1].repeat(budget + 1, 1)                             # (budget + 1, dim)
+    measure = measure or distances
+    g = states[0].expand(budget + 1, *states[0].shape).clone()       # (budget + 1, [T,] dim)
     skipped = states.new_ones(layers + 1, budget + 1, dtype=torch.bool)     # of cell (i, j)
     skipped[:, 0] = False
     for i in range(1, layers + 1):
         first = max(1, smallest - (layers - i))
         end = min(i, budget + 1)                                     # cells first .. end - 1
         if first < end:
-            run = layer(i - 1, g[first:end])                         # (cells, dim)
+            run = layer(i - 1, g[first:end])                         # (cells, [T,] dim)
             skip = g[first - 1:end - 1]
-            run_is_closer = distances(run, targets[i]) <= distances(skip, targets[i])
+            run_is_closer = measure(run, states[i]) <= measure(skip, states[i])
             skipped[i, first:end] = ~run_is_closer       # NaN, from overflow, compares as false
-            g[first:end] = torch.where(run_is_closer[:, None], run, skip)
+            by_cell = run_is_closer.reshape(-1, *[1] * (run.dim() - 1))
+            g[first:end] = torch.where(by_cell, run, skip)
         g[0] = states[i]
     table = skipped.tolist()
     budgets = range(smallest, budget + 1)
     sets = [walk_back(lambda i, j: table[i][j], layers, m) for m in budgets]
-    return Selection(sets, cosines(g[smallest:], targets[layers]))
+    return Selection(sets, cosines(g[smallest:], states[layers]))
 
 
 def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> frozenset[int]:
@@ -117,24 +138,41 @@ def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> 
 
 
 def unit(rows: Tensor) -> Tensor:
-    """Rows (m, dim) scaled to length 1, in float32."""
+    """States (..., dim) scaled to length 1, in float32."""
     rows = rows.float()
     return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
 
 
-def distances(rows: Tensor, target: Tensor) -> Tensor:
-    """How far the directions of rows (m, dim) lie from a unit vector (dim,): |u - v|, (m,).
+def distances(candidates: Tensor, state: Tensor) -> Tensor:
+    """The paper's measure, by direction: |u - v|, u and v the two scaled to length 1.
 
-    A smaller distance is a larger cosine: cos = 1 - |u - v|^2 / 2. Not the cosine itself, since a
-    few huge entries can bring every cosine within 1e-7 of 1 (a text's first token is like that),
+    A smaller distance is a larger (mean) cosine: cos = 1 - |u - v|^2 / 2. Not the cosine itself,
+    since a few huge entries can bring every cosine within 1e-7 of 1 (a text's first token is so),
     where float32 has no digits left.
     """
-    return torch.linalg.vector_norm(unit(rows) - target, dim=-1)
+    return root_mean_square(unit(candidates) - unit(state))
 
 
-def cosines(rows: Tensor, target: Tensor) -> list[float]:
-    """The cosines of rows (m, dim) with a unit vector (dim,)."""
-    return (1 - distances(rows, target).square() / 2).tolist()
+def relative_distances(candidates: Tensor, state: Tensor) -> Tensor:
+    """|x - h| / |h|. Unlike the cosine it sees a state of the right direction and a wrong length.
+
+    What later layers add is not scaled along with it, so that a wrong length turns into a wrong
+    direction further up.
+    """
+    state = state.float()
+    length = torch.linalg.vector_norm(state, dim=-1, keepdim=True)
+    return root_mean_square((candidates.float() - state) / length)
+
+
+def root_mean_square(apart: Tensor) -> Tensor:
+    """Lengths of vectors (m, dim): (m,). Of (m, T, dim): the root of the mean square over T."""
+    tokens = apart[0].numel() / apart.shape[-1]
+    return torch.linalg.vector_norm(apart.flatten(1), dim=-1) / tokens ** 0.5
+
+
+def cosines(candidates: Tensor, state: Tensor) -> list[float]:
+    """Of each candidate and the true state; means over T tokens."""
+    return (1 - distances(candidates, state).square() / 2).tolist()
 
 
 def layer_count(states: Tensor, budget: int, smallest: int = 0) -> int:

@@ -31,6 +31,7 @@ from speculative import (
     DRAFT_LENGTH,
     EXIT_THRESHOLD,
     OPT_INTERVAL,
+    OPT_TOKENS,
     Clasp,
     Drafter,
     SettingsError,
@@ -104,6 +105,9 @@ def add_clasp_arguments(parser: Parser):
              f"{by_model} {EXIT_THRESHOLD}")
     add("--opt-interval", type=int, metavar="N",
         help=f"cycles between choices of the layers; {by_model} {OPT_INTERVAL}")
+    add("--opt-tokens", type=int, metavar="T",
+        help="choose the layers by the states of the last T tokens; 1: as in the paper; "
+             f"{by_model} {OPT_TOKENS}")
     add("--exact", action=argparse.BooleanOptionalAction, default=None,
         help="all passes in one shape: greedy text is that of plain decoding in such passes, to "
              "the last bit; --no-exact saves the padding; default: yes, but not with auto")
@@ -197,6 +201,7 @@ class Decoder:
             "draft_length": self.args.draft_length,
             "exit_threshold": self.args.draft_exit_threshold,
             "opt_interval": self.args.opt_interval,
+            "opt_tokens": self.args.opt_tokens,
         }
         typed = {name: value for name, value in typed.items() if value is not None}
         return suggested_settings(self.folder) | typed

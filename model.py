@@ -293,11 +293,13 @@ class Llama(nn.Module):
             return F.linear(state, self.embed.weight)
         return self.head(state)
 
-    def candidate_layer(self, cache: KVCache, rows: int) -> Callable[[int, Tensor], Tensor]:
+    def candidate_layer(
+        self, cache: KVCache, count: int, tokens: int = 1
+    ) -> Callable[[int, Tensor], Tensor]:
         """A function layer(i, candidates): decoder layer i on candidate states of one token.
 
         This is what the DP (dp_skip.py) runs, §3.6: candidates (m, hidden) -> the same shape, for
-        any m <= rows. The token is the last in the cache, and all its candidates stand at its
+        any m <= count. The token is the last in the cache, and all its candidates stand at its
         position p = cache.length - 1. Each sees the true keys and values before p. It does not see
         those at p, which belong to the true state. It sees its own: each has a scratch slot after
         the valid ones, which no other candidate sees.
@@ -306,17 +308,25 @@ class Llama(nn.Module):
             candidate 0       █ █ █ █    ░    █   ░   ░
             candidate 1       █ █ █ █    ░    ░   █   ░        █ seen, ░ masked
             candidate 2       █ █ █ █    ░    ░   ░   █
+
+        Of several ``tokens``, the last T in the cache: candidates (m, T, hidden). Each is T rows,
+        and each row is as above, at its own token's position p, in a scratch slot of its own.
         """
         n = cache.length
-        cos, sin = cache.cos[n - 1:n], cache.sin[n - 1:n]                 # (1, head_dim): for all
-        mask = torch.full((rows, n + rows), -torch.inf, dtype=cos.dtype, device=cos.device)
-        mask[:, :n - 1] = 0
+        rows = count * tokens
+        position = torch.arange(n - tokens, n, device=self.device).repeat(count)      # of each row
+        cos, sin = cache.cos[position], cache.sin[position]               # (rows, head_dim)
+        before = torch.arange(n, device=self.device) < position[:, None]
+        mask = torch.full((rows, n + rows), -torch.inf, dtype=cos.dtype, device=self.device)
+        mask[:, :n].masked_fill_(before, 0)
         mask[:, n:].fill_diagonal_(0)
 
         def layer(i: int, candidates: Tensor) -> Tensor:
-            m = len(candidates)
+            x = candidates.flatten(end_dim=-2)                            # (m * T, hidden)
+            m = len(x)
             store = partial(cache.put, i, n, n + m)
-            return self.layers[i](candidates[None], cos, sin, mask[:m, :n + m], store)[0]
+            x = self.layers[i](x[None], cos[:m], sin[:m], mask[:m, :n + m], store)
+            return x.view_as(candidates)
 
         return layer
 

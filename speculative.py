@@ -24,6 +24,7 @@ and ``Clasp``, then acceptance. Other drafters are in extras/. ``autoregressive`
 decoding that all must agree with, and are timed against.
 """
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dp_skip import Selection, select_layers
+from dp_skip import Selection, distances, relative_distances, select_layers
 from model import BLOCK, KVCache, Llama, ModelError, whole_blocks
 
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly
@@ -42,7 +43,8 @@ KEPT_STATES = 64              # of the prompt's last tokens the drafter is told 
 # The defaults of CLaSp's settings, by measurement (see results/).
 DRAFT_LENGTH = 4
 EXIT_THRESHOLD = 0.0          # drafts never end early
-OPT_INTERVAL = 32
+OPT_INTERVAL = 128
+OPT_TOKENS = 8
 
 
 # ---------------------------------------------------------------------------- what is shared
@@ -179,7 +181,11 @@ class Drafter:
     that its tokens were drawn from; and a token once drawn is proposed, since dropping it for being
     unlikely would bias what is left. Whether to draft, how, and whether to draw *another* token may
     depend on all that is known on the draft's side.
+
+    scratch: slots that it wants in the cache behind the text's, as the DP does for its candidates.
+    A cache that the caller gave may have fewer.
     """
+    scratch = 0
 
     def begin(self, text: Text, hidden: Tensor | None):
         """A text starts. hidden (L+1, n, hidden size): states of the last n tokens in the cache.
@@ -207,10 +213,11 @@ def clasp(
     draft_length: int = DRAFT_LENGTH,
     exit_threshold: float = EXIT_THRESHOLD,
     opt_interval: int = OPT_INTERVAL,
+    opt_tokens: int = OPT_TOKENS,
     **settings,
 ) -> Iterator[int]:
     """CLaSp decoding: ``decode`` with the drafter ``Clasp``. settings: see ``new_text``."""
-    drafter = Clasp(model, skip_layers, draft_length, exit_threshold, opt_interval)
+    drafter = Clasp(model, skip_layers, draft_length, exit_threshold, opt_interval, opt_tokens)
     return decode(model, prompt, max_new_tokens, drafter, **settings)
 
 
@@ -228,7 +235,7 @@ def decode(
     prompt and new tokens do not fit the context or the cache; and ModelError if the model computes
     NaN or infinity.
     """
-    text, hidden = new_text(model, prompt, max_new_tokens, **settings)
+    text, hidden = new_text(model, prompt, max_new_tokens, scratch=drafter.scratch, **settings)
     with text.timed("optimize"):
         drafter.begin(text, hidden)
     while True:
@@ -286,6 +293,7 @@ def new_text(
     stop: Collection[int] = (),
     stats: Stats | None = None,
     cache: KVCache | None = None,
+    scratch: int = 0,
 ) -> tuple[Text, Tensor | None]:
     """A text with its prompt in the cache, all but the pending token; and the last states there.
 
@@ -293,11 +301,12 @@ def new_text(
     temperature: 0 is greedy. top_p: sample from the most likely tokens that reach it together.
     stop: token ids that end a text. stats: new ones, to be filled.
     cache: may hold the prompt's first cache.length tokens already.
+    scratch: slots that the drafter wants in a new one, see ``Drafter``.
     """
     stats = stats or Stats()
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
     end = len(prompt) + max_new_tokens
-    cache = cache or KVCache(model, end, width or 1)
+    cache = cache or KVCache(model, end, max(width or 1, scratch))
     require_room(cache, prompt, end, width or 1)
     rng = torch.Generator(model.device).manual_seed(seed)
     text = Text(model, cache, list(prompt), end, width, temperature, top_p, rng, stop, stats)
@@ -408,11 +417,10 @@ class FixedSet(SkippingDrafter):
 
 
 class Clasp(SkippingDrafter):
-    """Leaves out those layers that the DP found to matter least at a recent token (§3.4).
+    """Leaves out those layers that the DP found to matter least at recent tokens (§3.4).
 
     The DP runs after the prefill, and then every ``opt_interval`` cycles (§3.7), on the states of
-    the last token in the cache: that is the last of the draft that was accepted, or, if none was,
-    the token before the draft.
+    the last ``opt_tokens`` tokens in the cache. Its set is kept until it runs again.
     """
 
     def __init__(
@@ -422,30 +430,46 @@ class Clasp(SkippingDrafter):
         draft_length: int = DRAFT_LENGTH,
         exit_threshold: float = EXIT_THRESHOLD,
         opt_interval: int = OPT_INTERVAL,
+        opt_tokens: int = OPT_TOKENS,
     ):
-        """skip_layers M: layers left out of the draft; default: half."""
+        """skip_layers M: layers left out of the draft; default: half.
+
+        opt_tokens T: 1 is the paper's DP, which goes by the cosine of one token's states. More
+        tokens are less noisy, and are compared by ``relative_distances`` (docs/choosing.md).
+        """
         layers = len(model.layers)
         self.budget = layers // 2 if skip_layers is None else skip_layers
         self.opt_interval = opt_interval
+        self.opt_tokens = opt_tokens
+        self.scratch = self.budget * opt_tokens
+        self.recent = deque(maxlen=opt_tokens)     # states (L+1, n, hidden), of a cycle each
         require(0 <= self.budget < layers,
                 f"the skipped layers must be fewer than the model's {layers}, and at least 0")
         require(opt_interval >= 1, "the optimisation interval must be at least 1")
+        require(1 <= opt_tokens <= KEPT_STATES,
+                f"the tokens that layers are chosen by must lie between 1 and {KEPT_STATES}")
         super().__init__(draft_length, exit_threshold)
 
     def begin(self, text: Text, hidden: Tensor | None):
         """Choose layers by the prompt's states, if they are known."""
         self.skip = None
+        self.recent.clear()
         if hidden is not None:
-            self.choose_layers(text, hidden[:, -1])
+            self.recent.append(hidden)
+            self.choose_layers(text)
 
     def observe(self, text: Text, outcome: Outcome):
         """Choose layers anew every ``opt_interval`` cycles, or at once if ``begin`` could not."""
+        self.recent.append(outcome.hidden)
         if self.skip is None or text.stats.cycles % self.opt_interval == 0:
-            self.choose_layers(text, outcome.hidden[:, -1])
+            self.choose_layers(text)
 
-    def choose_layers(self, text: Text, hidden: Tensor):
+    def choose_layers(self, text: Text):
         """Run the DP for the one budget M, and note its set in the statistics."""
-        select = partial(select_layers, smallest=self.budget)
+        tokens = min(self.opt_tokens, text.cache.rows // max(self.budget, 1))
+        hidden = torch.cat(tuple(self.recent), 1)[:, -tokens:]
+        measure = distances if self.opt_tokens == 1 else relative_distances
+        select = partial(select_layers, smallest=self.budget, measure=measure)
         self.skip = optimize(text.model, text.cache, hidden, self.budget, select).skip_sets[-1]
         text.stats.optimizations += 1
         text.stats.skip_sets.append((text.stats.new_tokens, self.skip))
@@ -454,16 +478,18 @@ class Clasp(SkippingDrafter):
 def optimize(
     model: Llama, cache: KVCache, hidden: Tensor, budget: int, select=select_layers
 ) -> Selection:
-    """Choose the layers to skip by the DP over the last token in the cache.
+    """Choose the layers to skip by the DP over the last T tokens in the cache.
 
-    hidden (L+1, hidden size): its states. ``select``: either reading of Algorithm 1 in dp_skip.py.
+    hidden (L+1, T, hidden size): their states; or (L+1, hidden size), of the last token only.
+    ``select``: either reading of Algorithm 1 in dp_skip.py.
 
-    The cache's valid part is only read. The ``budget`` slots after it are used, and left clean: a
-    NaN there, from a candidate that overflowed, would spoil the next pass although it is masked,
+    The cache's valid part is only read. The ``budget`` * T slots after it are used, and left clean:
+    a NaN there, from a candidate that overflowed, would spoil the next pass although it is masked,
     since 0 * NaN is NaN.
     """
-    selection = select(model.candidate_layer(cache, budget), hidden, budget)
-    cache.slots[..., cache.length:cache.length + budget, :] = 0
+    tokens = hidden.shape[1:-1].numel()                              # T, or 1
+    selection = select(model.candidate_layer(cache, budget, tokens), hidden, budget)
+    cache.slots[..., cache.length:cache.length + budget * tokens, :] = 0
     return selection
 
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from bench import figures, steps
+from bench.experiments import ACCEPTANCE_PROMPTS
 from bench.methods import NAMES, new_methods
-from bench.prompts import Question, read_questions
+from bench.prompts import Question, held_out, read_questions
 from bench.race import Plan, ask, interleave
 from bench.results import Results, header_of
 from bench.table import table, write_csv
@@ -29,7 +30,6 @@ from model import ModelError
 from speculative import SettingsError, require
 
 METHODS = "clasp,auto,self-sd,swift,even,random,prompt-lookup"
-FIGURE_PROMPTS = 6
 STEP_REPEATS = 9              # at least: steps are short
 RIVAL_REPEATS = 5
 
@@ -66,6 +66,7 @@ def add_model_arguments(parser: Parser):
     add("--draft-length", type=int, metavar="K", help=f"{by_model} generate.py's")
     add("--exit-threshold", type=float, metavar="X", help=f"{by_model} generate.py's")
     add("--opt-interval", type=int, metavar="N", help=f"{by_model} generate.py's")
+    add("--opt-tokens", type=int, metavar="T", help=f"{by_model} generate.py's")
 
 
 def add_measuring_arguments(parser: Parser):
@@ -149,17 +150,21 @@ def make_table(target: Target, args, questions: list[Question]) -> str:
 def make_figures(target: Target, args, questions: list[Question]) -> str:
     args.figures.mkdir(parents=True, exist_ok=True)
     shuffled = random.Random(args.seed).sample(questions, len(questions))
-    first_turns = [
-        question._replace(turns=question.turns[:1]) for question in shuffled[:FIGURE_PROMPTS]
-    ]
-    prompts = ask(target, first_turns, args.max_new_tokens, {})
+    measured = first_turns(shuffled[:ACCEPTANCE_PROMPTS])
+    others = first_turns(shuffled[ACCEPTANCE_PROMPTS:2 * ACCEPTANCE_PROMPTS]) + held_out()
+    prompts = ask(target, measured, args.max_new_tokens, {})
+    other_prompts = ask(target, others, args.max_new_tokens, {})
     plan = Plan(args.max_new_tokens, args.repeat, seed=args.seed)
     names = []
-    for figure in figures.new_figures(target, prompts, plan):
+    for figure in figures.new_figures(target, prompts, other_prompts, plan):
         figures.save(figure, args.figures, f"{target.name}; {target.where}")
         say(f"  {args.figures / figure.name}.png, .csv")
         names.append(figure.name)
     return figures.page(target, names)
+
+
+def first_turns(questions: list[Question]) -> list[Question]:
+    return [question._replace(turns=question.turns[:1]) for question in questions]
 
 
 def make_steps(target: Target, args, questions: list[Question]) -> str:

@@ -2,6 +2,7 @@
 import random
 import statistics
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -9,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.methods import PLAIN, Method, auto, clasp
+from bench import fixed
+from bench.methods import PLAIN, Method, auto, clasp, random_set
 from bench.race import Plan, Prompt, interleave, run
 from bench.steps import step_seconds
 from bench.table import summary
 from bench.target import Target
-from dp_skip import select_layers
+from dp_skip import Measure, distances, select_layers
 from model import KVCache, Llama
 from speculative import NO_DRAFT, Clasp, Draft, Text, prefill
 
@@ -26,6 +28,10 @@ WINDOW = 10                   # layers whose 2^10 sets are all tried
 WINDOW_PROMPTS = 6
 ROWS = 64                     # of a pass through a layer, in trying all sets
 SWEEP_PROMPTS = 4
+ACCEPTANCE_PROMPTS = 20
+ACCEPTANCE_SHARES = (2 / 15, 4 / 15, 6 / 15, 1 / 2, 7 / 10)            # of the layers, skipped
+RANDOM_SETS = 5
+ONE_TOKEN_INTERVAL = 8        # cycles between runs of the DP of one token, where that is best
 
 
 # ---------------------------------------------------------------------------- sparse persistence
@@ -34,7 +40,7 @@ class SetAtEveryToken(Clasp):
     """Runs the DP at every token, and drafts nothing."""
 
     def __init__(self, model: Llama, skip_layers: int):
-        super().__init__(model, skip_layers, opt_interval=1)
+        super().__init__(model, skip_layers, opt_interval=1, opt_tokens=1)
 
     def propose(self, text: Text, most: int) -> Draft:
         return NO_DRAFT
@@ -97,15 +103,21 @@ class WindowCosines(NamedTuple):
 
 
 def window_cosines(
-    model: Llama, cache: KVCache, hidden: Tensor, first: int, size: int
+    model: Llama,
+    cache: KVCache,
+    hidden: Tensor,
+    first: int,
+    size: int,
+    measure: Measure = distances,
 ) -> WindowCosines:
-    """§3.5, on layers first .. first + size - 1 of the last token in the cache; all others run.
+    """§3.5, on layers first .. first + size - 1 of the last T tokens in the cache; all others run.
 
-    hidden (L+1, hidden size): the token's states.
+    hidden (L+1, T, hidden size): their states. The cache has room for ROWS * T rows.
     """
-    layer = model.candidate_layer(cache, ROWS)
+    layer = model.candidate_layer(cache, ROWS, tokens=hidden.shape[1])
     window = hidden[first:first + size + 1]
-    selection = select_layers(lambda i, rows: layer(first + i, rows), window, size)
+    selection = select_layers(
+        lambda i, rows: layer(first + i, rows), window, size, measure=measure)
 
     states = window[:1]                                    # of all sets of the layers so far
     skipped = torch.zeros(1, dtype=torch.long)             # how many layers each leaves out
@@ -114,7 +126,7 @@ def window_cosines(
         states = torch.cat([*after, states])               # run the layer, or skip it
         skipped = torch.cat([skipped, skipped + 1])
 
-    cosines = F.cosine_similarity(states.float(), window[-1:].float()).cpu()
+    cosines = F.cosine_similarity(states.float(), window[-1:].float(), dim=-1).mean(-1).cpu()
     by_count = [cosines[skipped == count] for count in range(size + 1)]
     return WindowCosines(
         brute_force=[some.max().item() for some in by_count],
@@ -134,13 +146,58 @@ def markov(target: Target, prompts: list[Prompt]) -> list[dict]:
     found = []
     for prompt in prompts[:WINDOW_PROMPTS]:
         cache = KVCache(target.model, len(prompt.tokens), ROWS)
-        hidden = prefill(target.model, cache, prompt.tokens)
+        hidden = prefill(target.model, cache, prompt.tokens)[:, -1:]
         found.append(window_cosines(target.model, cache, hidden, first, size))
     means = torch.tensor(found).mean(0)                    # (3, size + 1)
     names = ("brute force", "DP", "random")
     return [
         {f"layers skipped of {first} to {first + size - 1}": count} | dict(zip(names, cosines))
         for count, cosines in enumerate(means.T.tolist())
+    ]
+
+
+# ---------------------------------------------------------------------------- which set?
+
+def acceptance(target: Target, prompts: list[Prompt], others: list[Prompt]) -> list[dict]:
+    """The share of drafted tokens accepted, for each number M of layers skipped.
+
+    Of the DP over one token and over as many as ``Clasp`` takes, and of fixed sets chosen on other
+    prompts.
+    """
+    length = target.draft_length
+    texts = written(target, prompts, length)
+    other_texts = written(target, others, length)
+    budgets = sorted({max(1, round(share * target.layers)) for share in ACCEPTANCE_SHARES})
+    rows = []
+    for budget in budgets:
+        by_block = partial(fixed.first_tokens_right, other_texts)
+        block = max(fixed.blocks(target.layers, budget), key=by_block)
+        sets = {
+            "best fixed set": fixed.best_fixed_set(other_texts, budget),
+            "most frequent": fixed.most_frequent(other_texts, budget),
+            "best block": block,
+        }
+        by_chance = [
+            fixed.share_accepted(texts, frozenset(random_set(target.layers, budget, seed)))
+            for seed in range(RANDOM_SETS)
+        ]
+        rows.append({
+            "M": budget,
+            "DP, 1 token": fixed.share_accepted_by_dp(texts, budget, 1, ONE_TOKEN_INTERVAL),
+            "DP": fixed.share_accepted_by_dp(
+                texts, budget, target.settings["opt_tokens"], target.settings["opt_interval"]),
+            **{name: fixed.share_accepted(texts, skip) for name, skip in sets.items()},
+            "random": statistics.mean(by_chance),
+            **{f"the {name}": " ".join(map(str, sorted(skip))) for name, skip in sets.items()},
+        })
+    return rows
+
+
+def written(target: Target, prompts: list[Prompt], length: int) -> list[fixed.Written]:
+    """The prompts with their answers, as far as these are long enough for two drafts."""
+    return [
+        fixed.Written(target.model, prompt.tokens, prompt.answer, length)
+        for prompt in prompts if len(prompt.answer) > 2 * length + 2
     ]
 
 
@@ -155,7 +212,7 @@ def breakdown(target: Target, prompts: list[Prompt], plan: Plan) -> list[dict]:
         for part in ("rest", "optimize", "verify", "draft")
     ]
     seconds = step_seconds(target, prompts[0].tokens, repeat=9)
-    for name in ("DP, cell by cell", "DP", "verify pass"):
+    for name in ("DP of one token, cell by cell", "DP of one token", "DP", "verify pass"):
         rows.append({"what": f"{name} (passes)", "value": seconds[name] / seconds["verify pass"]})
     return rows
 

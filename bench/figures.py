@@ -11,6 +11,7 @@ from bench.race import Plan, Prompt
 from bench.table import write_csv
 from bench.target import Target
 
+PROMPTS = 6                   # for all but the acceptance of sets, which takes all
 STYLE = {"font.size": 14, "figure.figsize": (8.5, 5.2), "axes.grid": True, "grid.alpha": 0.3}
 
 
@@ -20,8 +21,12 @@ class Figure(NamedTuple):
     draw: Callable            # draw(axes)
 
 
-def new_figures(target: Target, prompts: list[Prompt], plan: Plan) -> Iterator[Figure]:
-    """All figures, each as soon as it is measured."""
+def new_figures(
+    target: Target, prompts: list[Prompt], others: list[Prompt], plan: Plan
+) -> Iterator[Figure]:
+    """All figures, each as soon as it is measured. others: to choose fixed sets on."""
+    yield acceptance_figure(experiments.acceptance(target, prompts, others))
+    prompts = prompts[:PROMPTS]
     texts = experiments.sets_of_texts(target, prompts)
     yield persistence_figure(target, experiments.sparse_persistence(target, texts))
     yield skipped_layers_figure(experiments.skipped_layers(target.layers, texts[0]))
@@ -113,6 +118,22 @@ def time_figure(rows: list[dict]) -> Figure:
                  xlim=(0, 2 * max(values)), title="Where the time goes")
 
     return Figure("3c_time", rows, draw)
+
+
+def acceptance_figure(rows: list[dict]) -> Figure:
+    styles = {
+        "DP": "C0o-",
+        "DP, 1 token": "C0s:",
+        "best fixed set": "k^-",
+        "most frequent": "C1v--",
+        "best block": "C2d--",
+        "random": "C3x:",
+    }
+    draw = curves(
+        rows, styles, xlabel="number of skipped layers M",
+        ylabel="share of drafted tokens accepted",
+        title="Which layers to skip: chosen in context, or once for all")
+    return Figure("acceptance", rows, draw)
 
 
 def sweep_figure(name: str, rows: list[dict], label: str, scale: str = "linear") -> Figure:

@@ -54,6 +54,11 @@ def our_prompts() -> list[Question]:
     ]
 
 
+def held_out() -> list[Question]:
+    """Those that are never measured."""
+    return [Question(f"held out {i}", "held out", [text]) for i, text in enumerate(HELD_OUT)]
+
+
 def read_spec_bench(path: Path) -> list[Question]:
     questions = []
     try:

@@ -46,26 +46,30 @@ def step_seconds(target: Target, prompt: list[int], repeat: int) -> dict[str, fl
     budget = target.settings["skip_layers"]
     rows = target.draft_length + 1
     pending = prompt[-1]
-    text, hidden = new_text(model, [*prompt, pending], FEW_ROWS, width=target.width)
-    choose = partial(optimize, model, text.cache, hidden)
+    tokens = target.settings["opt_tokens"]
+    text, hidden = new_text(model, [*prompt, pending], FEW_ROWS, width=target.width,
+                            scratch=tokens * target.layers)
+    choose = partial(optimize, model, text.cache, hidden[:, -1])
     skip = choose(budget).skip_sets[budget]
     drafter = FixedSet(skip, 1, target.settings["exit_threshold"])
     half = target.layers // 2
 
-    def choose_one(budget: int):
+    def choose_one(budget: int, tokens: int = 1):
         """As decoding does: for one number of layers to skip."""
-        choose(budget, partial(select_layers, smallest=budget))
+        select = partial(select_layers, smallest=budget)
+        optimize(model, text.cache, hidden[:, -tokens:], budget, select)
 
     work = {
         "plain step": partial(full_step, text, 1),
         "verify pass": partial(full_step, text, rows, target.width),
         f"{FEW_ROWS} rows": partial(full_step, text, FEW_ROWS),
-        "head": lambda: model.logits(hidden[None, -1:]).argmax().item(),
+        "head": lambda: model.logits(hidden[-1:, -1:]).argmax().item(),
         "draft token": partial(draft_step, text, drafter),
-        "DP": partial(choose_one, budget),
-        f"DP, M = {half}": partial(choose_one, half),
-        "DP, every M": partial(choose, budget),
-        "DP, cell by cell": partial(choose, budget, select_layers_plain),
+        "DP": partial(choose_one, budget, tokens),
+        "DP of one token": partial(choose_one, budget),
+        f"DP of one token, M = {half}": partial(choose_one, half),
+        "DP of one token, every M": partial(choose, budget),
+        "DP of one token, cell by cell": partial(choose, budget, select_layers_plain),
     }
     taken = timed(model, work, repeat)
     return {name: statistics.median(seconds) for name, seconds in taken.items()}

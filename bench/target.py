@@ -19,7 +19,7 @@ from extras.exact import exact_width
 from extras.packed import bytes_read, pack
 from generate import choose_device
 from model import Config, Llama
-from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, Clasp
+from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, OPT_TOKENS, Clasp
 
 # Models that are measured without their weights: true speed, a text that is noise.
 SHAPES = {
@@ -102,7 +102,7 @@ def load_target(args) -> Target:
     """The model that the command line names, ready to be measured.
 
     args: has ``model``, ``synthetic``, ``residual``, ``device``, ``dtype``, ``cuda_graphs`` and the
-    four settings of CLaSp. What is None is as the model suggests, else the default.
+    five settings of CLaSp. What is None is as the model suggests, else the default.
     """
     device, dtype = choose_device(args.device, args.dtype)
     if args.synthetic:
@@ -132,6 +132,7 @@ def clasp_settings(layers: int, suggested: dict, args) -> dict:
         "draft_length": DRAFT_LENGTH,
         "exit_threshold": EXIT_THRESHOLD,
         "opt_interval": OPT_INTERVAL,
+        "opt_tokens": OPT_TOKENS,
     }
     typed = {name: getattr(args, name) for name in SUGGESTIBLE if getattr(args, name) is not None}
     return settings | suggested | typed

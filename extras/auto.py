@@ -107,7 +107,7 @@ class Auto(Drafter):
         self.costs.one_shape = text.width is not None
         self.choose()
         if hidden is not None and self.dp_is_due():
-            self.run_dp(text, hidden[:, -1])
+            self.run_dp(text, hidden[:, -1:])
 
     def propose(self, text: Text, most: int) -> Draft:
         self.confidences = []
@@ -136,7 +136,7 @@ class Auto(Drafter):
             self.times = self.costs.current()
             self.allowance += TRIAL * self.times["plain"]
         if self.dp_is_due():
-            self.run_dp(text, outcome.hidden[:, -1])
+            self.run_dp(text, outcome.hidden[:, -1:])
 
     # ------------------------------------------------------------------ the choice
 

@@ -184,21 +184,25 @@ class GraphedLlama:
         at.head()
         return at.logits
 
-    def candidate_layer(self, cache: KVCache, rows: int) -> Callable[[int, Tensor], Tensor]:
+    def candidate_layer(
+        self, cache: KVCache, count: int, tokens: int = 1
+    ) -> Callable[[int, Tensor], Tensor]:
         """As ``Llama.candidate_layer``.
 
-        Fewer candidates than ``rows`` have rows of zeros behind them, which cannot overflow.
+        Fewer candidates than ``count`` have rows of zeros behind them, which cannot overflow.
         """
         n = cache.length
-        current = self.begin(cache, max(rows, 1), n + rows, position=n - 1)
+        position = torch.arange(n - tokens, n, device=self.device).repeat(max(count, 1))
+        current = self.begin(cache, len(position), n + len(position), position=position)
 
         def layer(i: int, candidates: Tensor) -> Tensor:
             x = current.at.x[0]
-            m = len(candidates)
-            x[:m] = candidates
+            given = candidates.flatten(end_dim=-2)
+            m = len(given)
+            x[:m] = given
             x[m:] = 0
             self.play(current, i)
-            return x[:m].clone()
+            return x[:m].clone().view_as(candidates)
 
         return layer
 
@@ -210,13 +214,13 @@ class GraphedLlama:
         rows: int,
         end: int,
         tokens: Tensor | None = None,
-        position: int | None = None,
+        position: Tensor | None = None,
     ) -> Pass:
         """A pass whose rows take the slots from cache.length on, ready for its first layer.
 
         end: it looks over the slots before it, and some after it: there are four lengths from one
         power of two to the next, so that a long text asks for few kinds of passes.
-        position: of all rows; None, each at its slot.
+        position: (rows,), of each row; None, each at its slot.
         """
         memory = self.memory_of(cache)
         blocks = whole_blocks(end) // BLOCK
@@ -230,7 +234,7 @@ class GraphedLlama:
         if position is None:
             at.position.copy_(at.slot)
         else:
-            at.position.fill_(position)
+            at.position.copy_(position)
         self.play(current)
         return current
 

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, feed, random_model, tokens_of, valid
 
-from dp_skip import select_layers, select_layers_plain
+from dp_skip import distances, relative_distances, select_layers, select_layers_plain
 from model import KVCache
-from speculative import optimize
+from speculative import optimize, prefill
 
 
 def toy(layers: int, size: int = 16, seed: int = 0):
@@ -78,6 +78,58 @@ def test_fast_and_plain_agree(layers, budget):
         layer, hidden = toy(layers, seed=seed)
         fast = select_layers(layer, hidden, budget)
         assert_same(fast, select_layers_plain(layer, hidden, budget))
+
+
+def several_tokens(layers: int, tokens: int, size: int = 16, seed: int = 0):
+    """The toy's layers, and the states (L+1, T, dim) of several tokens through them."""
+    layer, _ = toy(layers, size, seed)
+    start = torch.randn(1, tokens, size, dtype=torch.float64,
+                        generator=torch.Generator().manual_seed(seed + 100))
+    return layer, states_of(layer, layers, start)
+
+
+MEASURES = [distances, relative_distances]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_fast_and_plain_agree_over_several_tokens(tokens, measure):
+    for seed in range(5):
+        layer, hidden = several_tokens(9, tokens, seed=seed)
+        fast = select_layers(layer, hidden, 7, measure=measure)
+        assert_same(fast, select_layers_plain(layer, hidden, 7, measure))
+
+
+@pytest.mark.parametrize("algorithm", [select_layers, select_layers_plain])
+def test_the_same_token_several_times_is_one_token(algorithm):
+    layer, hidden = toy(9)
+    repeated = hidden[:, None].expand(-1, 4, -1)
+    assert_same(algorithm(layer, repeated, 7), algorithm(layer, hidden, 7))
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_over_several_tokens_a_measure_is_the_root_of_the_mean_square(measure):
+    random = torch.Generator().manual_seed(0)
+    candidates = torch.randn(5, 3, 8, generator=random)
+    state = torch.randn(3, 8, generator=random)
+    by_token = torch.stack([measure(candidates[:, t], state[t]) for t in range(3)])
+    expected = by_token.square().mean(0).sqrt()
+    assert torch.allclose(measure(candidates, state), expected, atol=1e-6)
+
+
+def test_only_the_relative_distance_sees_a_wrong_length():
+    state = torch.tensor([3.0, 4.0])
+    longer = 2 * state[None]
+    assert distances(longer, state).item() == pytest.approx(0, abs=1e-6)
+    assert relative_distances(longer, state).item() == pytest.approx(1)
+
+
+def test_over_several_tokens_the_cosine_is_the_mean_of_what_the_set_gives_each():
+    layer, hidden = several_tokens(12, 5)
+    selection = select_layers(layer, hidden, 9, measure=relative_distances)
+    for skipped, cosine in zip(*selection):
+        by_token = [cosine_of(layer, hidden[:, t], skipped) for t in range(5)]
+        assert cosine == pytest.approx(sum(by_token) / 5, abs=1e-6)
 
 
 @pytest.mark.parametrize("smallest, budget", [
@@ -215,6 +267,34 @@ def test_fast_and_plain_agree_on_models_at_20_positions(any_model):
     for cache, _, hidden in positions(any_model, 20):
         fast = optimize(any_model, cache, hidden, budget)
         assert_same(fast, optimize(any_model, cache, hidden, budget, select_layers_plain))
+
+
+def several_states(model, tokens: int, length: int = 40):
+    """(cache, states (L+1, T, hidden) of its last tokens)."""
+    cache = KVCache(model, length, tokens * len(model.layers))
+    return cache, prefill(model, cache, tokens_of(model, length, seed=length))[:, -tokens:]
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_fast_and_plain_agree_on_models_over_several_tokens(any_model, tokens):
+    cache, hidden = several_states(any_model, tokens)
+    before = valid(cache).clone()
+    fast = optimize(any_model, cache, hidden, len(any_model.layers) // 2)
+    plain = optimize(any_model, cache, hidden, len(any_model.layers) // 2, select_layers_plain)
+    assert_same(fast, plain)
+    assert torch.equal(valid(cache), before)
+
+
+def test_each_token_of_a_candidate_is_a_candidate_of_its_own_token():
+    """In its place it sees what the same state sees there when the cache ends at its token."""
+    model = random_model()
+    cache, hidden = several_states(model, 3)
+    noise = torch.randn(2, 3, model.config.hidden_size, device=DEVICE)
+    together = model.candidate_layer(cache, 2, tokens=3)(2, noise)
+    for t in (2, 1, 0):                                # its scratch slots are later tokens' own
+        cache.length = 38 + t
+        alone = model.candidate_layer(cache, 2)(2, noise[:, t])
+        assert torch.allclose(together[:, t], alone, atol=1e-5)
 
 
 def test_the_cosine_is_what_the_draft_model_then_has_at_that_token(any_model):

@@ -138,7 +138,8 @@ def test_half_of_the_layers_are_skipped_by_default():
     assert Clasp(random_model(layers=7)).budget == 3
 
 
-def test_the_dp_gets_the_states_of_the_last_accepted_token(monkeypatch):
+@pytest.mark.parametrize("tokens", [1, 2, 8])
+def test_the_dp_gets_the_states_of_the_last_tokens(monkeypatch, tokens):
     """Recorded on their way to the DP, and computed anew from the text so far."""
     given = []
     optimize = speculative.optimize
@@ -150,14 +151,23 @@ def test_the_dp_gets_the_states_of_the_last_accepted_token(monkeypatch):
     monkeypatch.setattr(speculative, "optimize", recorded)
     model = random_model()
     stats = Stats()
-    written = clasp(model, [1, 2, 3], 40, skip_layers=3, opt_interval=1, stats=stats)
+    written = clasp(model, [1, 2, 3], 40, skip_layers=3, opt_interval=1, opt_tokens=tokens,
+                    stats=stats)
     text = [1, 2, 3, *written]
     assert stats.accepted and len(given) == stats.optimizations == stats.cycles
     assert len({length for length, _ in given}) == stats.cycles
     for length, hidden in given:
         states = model(torch.tensor([text[:length]], device=DEVICE))
-        expected = torch.stack([state[0, -1] for state in states])
+        expected = torch.stack([state[0, -tokens:] for state in states])
         assert torch.allclose(hidden, expected, atol=1e-5)
+
+
+def test_a_cache_with_few_scratch_slots_makes_the_dp_look_at_fewer_tokens():
+    model = random_model()
+    cache = KVCache(model, 60)                       # 6 slots: two tokens' for 3 layers skipped
+    drafter = Clasp(model, skip_layers=3, opt_interval=2, opt_tokens=8)
+    written = list(decode(model, [1, 2, 3], 40, drafter, cache=cache))
+    assert written == list(autoregressive(model, [1, 2, 3], 40))
 
 
 def test_one_drafter_may_write_one_text_after_another():
@@ -259,13 +269,13 @@ def test_a_drafter_gets_the_states_of_the_last_tokens_in_the_cache():
 class Hostile(Drafter):
     """Proposes noise, moves cache.length, and writes over every slot that is not the text's."""
 
-    def __init__(self, scratch: float = 1e4, seed: int = 0):
-        self.scratch = scratch
+    def __init__(self, noise: float = 1e4, seed: int = 0):
+        self.noise = noise
         self.random = torch.Generator().manual_seed(seed)
 
     def spoil(self, text: Text):
         cache = text.cache
-        cache.slots[..., len(text.tokens) - 1:, :] = self.scratch
+        cache.slots[..., len(text.tokens) - 1:, :] = self.noise
         cache.length = self.some(cache.tokens)
 
     def some(self, limit: int) -> int:
@@ -282,13 +292,13 @@ class Hostile(Drafter):
 
 
 @pytest.mark.parametrize("width", [None, 6])
-@pytest.mark.parametrize("scratch", [0.0, 1.0, -1e4])
-def test_no_drafter_can_change_a_greedy_text(scratch, width):
+@pytest.mark.parametrize("noise", [0.0, 1.0, -1e4])
+def test_no_drafter_can_change_a_greedy_text(noise, width):
     model = random_model()
     for seed in range(5):
         prompt = tokens_of(model, 1 + 3 * seed, seed)
         expected = list(autoregressive(model, prompt, 40, width=width))
-        hostile = Hostile(scratch, seed)
+        hostile = Hostile(noise, seed)
         assert list(decode(model, prompt, 40, hostile, width=width)) == expected
 
 

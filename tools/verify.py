@@ -16,12 +16,14 @@ from common import OPENINGS, Setup, load, new_parser, require_positive, run_tool
 from torch import Tensor
 
 import speculative
-from bench.experiments import window_cosines
+from bench.experiments import ROWS, window_cosines
 from bench.steps import timed
-from dp_skip import select_layers, select_layers_plain
+from dp_skip import distances, relative_distances, select_layers, select_layers_plain
 from extras.exact import exact_width
 from model import KVCache
 from speculative import as_row, autoregressive, clasp, optimize, prefill, require
+
+DP_TOKENS = (1, 4, 16)        # the DP is checked over the states of so many tokens
 
 # ---------------------------------------------------------------------------- equal
 
@@ -114,14 +116,20 @@ def dp(setup: Setup):
 
 def compare_readings(setup: Setup, text: list[int]):
     """The DP cell by cell and packed, at 20 places; neither may change the cache."""
+    for tokens in DP_TOKENS:
+        compare_readings_over(setup, text, tokens)
+
+
+def compare_readings_over(setup: Setup, text: list[int], tokens: int):
     model = setup.model
-    budget = len(model.layers) // 2
+    layers = len(model.layers)
+    budget = layers
     places = random.Random(0).sample(range(1, min(len(text), 300)), 19)
     equal_sets = 0
     difference = 0.0
     for place in [0, *places]:
-        cache = KVCache(model, place + 20)
-        hidden = prefill(model, cache, text[:place + 1])
+        cache = KVCache(model, place + 20, layers * tokens)
+        hidden = prefill(model, cache, text[:place + 1])[:, -tokens:]
         if place % 2:                                      # write past the place and roll back
             model(as_row(model, text[:7]), cache)
             cache.length -= 7
@@ -133,8 +141,9 @@ def compare_readings(setup: Setup, text: list[int]):
         equal_sets += sum(a == b for a, b in zip(packed.skip_sets, plain.skip_sets))
         differences = [abs(a - b) for a, b in zip(packed.cosines, plain.cosines)]
         difference = max(difference, *differences)
-    print(f"fast and plain DP, 20 positions x {budget + 1} budgets: {equal_sets} sets equal, "
-          f"largest difference of cosines {difference:.1e}; cache untouched")
+    print(f"fast and plain DP over {tokens} tokens, 20 positions x {budget + 1} budgets: "
+          f"{equal_sets} sets equal, largest difference of cosines {difference:.1e}; "
+          "cache untouched")
 
 
 def valid_part(cache: KVCache) -> list[Tensor]:
@@ -147,7 +156,7 @@ def time_dp(setup: Setup, text: list[int]):
     start = 200
     rows = setup.draft_length + 1
     cache = KVCache(model, 300)
-    hidden = prefill(model, cache, text[:start])
+    hidden = prefill(model, cache, text[:start])[:, -1]
 
     def full_pass(count: int):
         tokens = as_row(model, text[start:start + count])
@@ -172,6 +181,12 @@ def time_dp(setup: Setup, text: list[int]):
 @torch.inference_mode()
 def slice_(setup: Setup):
     """Layers 10 .. 19 searched, the others always run, as the paper does for its Fig. 3b."""
+    for count in DP_TOKENS:
+        slice_over(setup, count)
+
+
+def slice_over(setup: Setup, count: int):
+    """By the states of so many tokens: cosines are means over them."""
     first = 10
     size = 10
     model = setup.model
@@ -180,19 +195,21 @@ def slice_(setup: Setup):
     tokens = setup.encode(" ".join(OPENINGS[:6]))
     found = []
     for position in setup.args.positions:
-        cache = KVCache(model, position, 64)
-        hidden = prefill(model, cache, tokens[:position])
-        found.append(window_cosines(model, cache, hidden, first, size))
-    print(f"cosine with the true state after layer {first + size}, mean of {len(found)} tokens")
+        cache = KVCache(model, position, ROWS * count)
+        hidden = prefill(model, cache, tokens[:position])[:, -count:]
+        measure = distances if count == 1 else relative_distances
+        found.append(window_cosines(model, cache, hidden, first, size, measure))
+    print(f"cosine with the true state after layer {first + size}, over {count} tokens each, mean "
+          f"of {len(found)} places")
     print("| layers skipped of 10 | DP | brute force | mean of all sets |\n|---|---|---|---|")
-    for count in range(size + 1):
+    for skipped in range(size + 1):
         columns = [
-            [cosines.dp[count] for cosines in found],
-            [cosines.brute_force[count] for cosines in found],
-            [cosines.mean[count] for cosines in found],
+            [cosines.dp[skipped] for cosines in found],
+            [cosines.brute_force[skipped] for cosines in found],
+            [cosines.mean[skipped] for cosines in found],
         ]
         cells = " | ".join(f"{statistics.mean(column):.4f}" for column in columns)
-        print(f"| {count} | {cells} |")
+        print(f"| {skipped} | {cells} |")
 
 
 # ---------------------------------------------------------------------------- which

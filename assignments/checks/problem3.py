@@ -236,6 +236,8 @@ def distances():
     for sentence, row, expected in DIRECTIONS:
         got = distance(torch.tensor([row]), target)
         close(got, [expected], sentence, f"rows {[row]}, target {show(target)}", ("row",))
+    close(distance(torch.tensor([[0.0, 5.0, 0.0]]), 3 * target), [1.414214],
+          "The true state may have any length too", "rows (0, 5, 0), target (3, 0, 0)", ("row",))
     got = distance(torch.ones(1, 3, dtype=torch.bfloat16), target.bfloat16())
     equal(got.dtype, torch.float32,
           "Distances are computed in float32", "rows in bfloat16, dtype")

@@ -6,6 +6,7 @@ drafts and acceptance follow a script: whatever the script says, the loop has to
 drafter is asked and told by the checks in the loop's place, over a DP that notes its calls.
 """
 import contextlib
+import itertools
 import random
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -566,7 +567,7 @@ def noted():
     from dp_skip import Selection
     seen = SimpleNamespace(runs=[], drafts=[], draft=speculative.Draft([4, 5], [None, None]))
 
-    def select_layers(layer, states, budget, smallest=0):
+    def select_layers(layer, states, budget, smallest=0, measure=None):
         first = len(seen.runs)
         sets = []
         for m in range(smallest, budget + 1):
@@ -669,7 +670,7 @@ def when():
     import speculative
     for hidden, interval in LIVES:
         with noted() as seen:
-            drafter = speculative.Clasp(token_model(), M, 3, 0.0, interval)
+            drafter = speculative.Clasp(token_model(), M, 3, 0.0, interval, 1)
             happened = live(drafter, text_of([1, 2]), hidden, seen)
             example = life(hidden, interval)
             equal(happened.due, due(hidden, interval),
@@ -686,22 +687,23 @@ def when():
 @check(1, "The drafter: on what the DP runs, and what comes of it")
 def on_what():
     import speculative
-    for hidden, interval in LIVES:
+    for (hidden, interval), tokens in itertools.product(LIVES, (1, 2)):
         with noted() as seen:
             llama = token_model()
             text = text_of([1, 2])
-            drafter = speculative.Clasp(llama, M, 3, 0.0, interval)
+            drafter = speculative.Clasp(llama, M, 3, 0.0, interval, tokens)
             happened = live(drafter, text, hidden, seen)
-            example = life(hidden, interval)
+            example = f"{life(hidden, interval)}, opt_tokens {tokens}"
             cycles = due(hidden, interval)
             for cycle, run in zip(cycles, seen.runs):
                 where = f"{example}, run after {cycle} cycles"
                 equal(run.budget, M, "The DP's budget is skip_layers", f"{where}: budget")
                 if run.model is not text.model or run.cache is not text.cache:
                     raise PropertyError("The DP runs on the text's model and cache", where)
-                equal(tuple(run.hidden.shape), (LAYERS + 1, VOCABULARY),
-                      "The DP gets h_0 .. h_L of one token, (L+1, dim)", f"{where}: shape")
-                equal(run.hidden[0, 0].item(), float(cycle),
+                equal(tuple(run.hidden.shape), (LAYERS + 1, tokens, VOCABULARY),
+                      "The DP gets h_0 .. h_L of the last opt_tokens tokens in the cache, "
+                      "(L+1, T, dim)", f"{where}: shape")
+                equal(run.hidden[0, -1, 0].item(), float(cycle),
                       "The DP gets the states that the drafter was told last",
                       f"{where}: the cycle that they are of")
             sets = [frozenset((n + i) % LAYERS for i in range(M)) for n in range(len(cycles))]

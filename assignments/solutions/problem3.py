@@ -6,9 +6,10 @@ from solutions.common import solves
 
 
 @solves("dp_skip.distances")
-def distances(rows, target):
-    rows = rows.double()
-    target = target.double()
+def distances(candidates, state):
+    rows = candidates.double()
+    target = state.double()
+    target = target / target.norm(dim=-1, keepdim=True)
     length = rows.norm(dim=-1, keepdim=True)
     apart = rows / length - target
     return apart.pow(2).sum(-1).sqrt().float()
@@ -31,9 +32,12 @@ distances.mistake(
     "lengths not divided out",
     ("rows / length", "rows"))
 distances.mistake(
+    "the true state's length not divided out",
+    ("    target = target / target.norm(dim=-1, keepdim=True)\n", ""))
+distances.mistake(
     "bfloat16 kept",
-    ("rows = rows.double()", "dtype = rows.dtype"),
-    ("target.double()", "target"),
+    ("rows = candidates.double()", "rows = candidates\n    dtype = rows.dtype"),
+    ("state.double()", "state"),
     (".float()", ".to(dtype)"))
 
 
@@ -69,7 +73,6 @@ walk_back.mistake(
 @solves("dp_skip.select_layers_plain")
 def select_layers_plain(layer, states, budget):
     layers = dp_skip.layer_count(states, budget)
-    targets = dp_skip.unit(states)
     column = {0: states[0]}                            # survivors, by j
     choice = {}
     for i in range(1, layers + 1):
@@ -86,11 +89,11 @@ def select_layers_plain(layer, states, budget):
                 continue
             ran = layer(i - 1, before[j][None])[0]
             pair = torch.stack((ran, before[j - 1]))
-            a, b = dp_skip.distances(pair, targets[i]).tolist()
+            a, b = dp_skip.distances(pair, states[i]).tolist()
             choice[i, j] = not a <= b
             column[j] = pair[int(choice[i, j])]
     finals = torch.stack([column[m] for m in range(budget + 1)])
-    cosines = dp_skip.cosines(finals, targets[-1])
+    cosines = dp_skip.cosines(finals, states[-1])
     sets = []
     for m in range(budget + 1):
         sets.append(dp_skip.walk_back(lambda i, j: choice[i, j], layers, m))
@@ -111,10 +114,10 @@ select_layers_plain.mistake(
     ("column[j] = states[i]", "column[j] = layer(i - 1, before[j][None])[0]"))
 select_layers_plain.mistake(
     "compared with h_(i-1)",
-    ("targets[i]", "targets[i - 1]"))
+    ("pair, states[i]", "pair, states[i - 1]"))
 select_layers_plain.mistake(
     "compared with h_L",
-    ("targets[i]", "targets[-1]"))
+    ("pair, states[i]", "pair, states[-1]"))
 select_layers_plain.mistake(
     "skipping does not raise j",
     ("before[j - 1]", "before[j]"))
@@ -123,4 +126,4 @@ select_layers_plain.mistake(
     ("Selection(sets,", "Selection(sets[1:],"))
 select_layers_plain.mistake(
     "cosines with h_0",
-    ("cosines(finals, targets[-1])", "cosines(finals, targets[0])"))
+    ("cosines(finals, states[-1])", "cosines(finals, states[0])"))

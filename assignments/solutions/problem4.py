@@ -10,7 +10,6 @@ from solutions.common import solves
 @solves("dp_skip.select_layers")
 def select_layers(layer, states, budget, smallest=0):
     layers = dp_skip.layer_count(states, budget, smallest)
-    targets = dp_skip.unit(states)
     column = {0: states[0]}                            # survivors, by j
     choice = {}
     for i in range(1, layers + 1):
@@ -24,13 +23,13 @@ def select_layers(layer, states, budget, smallest=0):
         ran = layer(i - 1, torch.stack([before[j] for j in cells]))
         for j, run in zip(cells, ran):
             pair = torch.stack((run, before[j - 1]))
-            a, b = dp_skip.distances(pair, targets[i]).tolist()
+            a, b = dp_skip.distances(pair, states[i]).tolist()
             choice[i, j] = not a <= b
             column[j] = pair[int(choice[i, j])]
     budgets = range(smallest, budget + 1)
     finals = torch.stack([column[m] for m in budgets])
     sets = [dp_skip.walk_back(lambda i, j: choice[i, j], layers, m) for m in budgets]
-    return dp_skip.Selection(sets, dp_skip.cosines(finals, targets[-1]))
+    return dp_skip.Selection(sets, dp_skip.cosines(finals, states[-1]))
 
 
 select_layers.mistake(

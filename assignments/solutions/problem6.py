@@ -3,6 +3,7 @@ import functools
 
 import torch
 
+import dp_skip
 import speculative
 from solutions.common import solves
 
@@ -296,10 +297,12 @@ skipping_propose.mistake(
 
 @solves("speculative.Clasp.begin")
 def begin(self, text, hidden):
+    self.recent.clear()
     if hidden is None:
         self.skip = None
     else:
-        self.choose_layers(text, hidden[:, -1])
+        self.recent += [hidden]
+        self.choose_layers(text)
 
 
 begin.mistake(
@@ -307,15 +310,16 @@ begin.mistake(
     ("self.skip = None", "pass"))
 begin.mistake(
     "no DP after the prefill",
-    ("self.choose_layers(text, hidden[:, -1])", "self.skip = None"))
+    ("self.choose_layers(text)", "self.skip = None"))
 
 
 @solves("speculative.Clasp.observe")
 def observe(self, text, outcome):
     cycles = text.stats.cycles
+    self.recent += [outcome.hidden]
     due = not cycles % self.opt_interval
     if due or self.skip is None:
-        self.choose_layers(text, outcome.hidden[:, -1])
+        self.choose_layers(text)
 
 
 observe.mistake(
@@ -336,8 +340,13 @@ observe.mistake(
 
 
 @solves("speculative.Clasp.choose_layers")
-def choose_layers(self, text, hidden):
-    select = functools.partial(speculative.select_layers, smallest=self.budget)
+def choose_layers(self, text):
+    room = text.cache.rows // max(1, self.budget)
+    hidden = torch.cat([*self.recent], dim=1)
+    hidden = hidden[:, -min(room, self.opt_tokens):]
+    measure = dp_skip.relative_distances if self.opt_tokens > 1 else dp_skip.distances
+    select = functools.partial(
+        speculative.select_layers, smallest=self.budget, measure=measure)
     selection = speculative.optimize(text.model, text.cache, hidden, self.budget, select)
     [self.skip] = selection.skip_sets
     text.stats.optimizations += 1
@@ -369,3 +378,9 @@ choose_layers.mistake(
 choose_layers.mistake(
     "states averaged over the layers",
     ("hidden, self.budget, select)", "hidden.mean(0), self.budget, select)"))
+choose_layers.mistake(
+    "the first tokens' states",
+    ("-min(room, self.opt_tokens):", ":min(room, self.opt_tokens)"))
+choose_layers.mistake(
+    "the last cycle's states, however many",
+    ("hidden[:, -min(room, self.opt_tokens):]", "self.recent[-1]"))
