@@ -79,11 +79,7 @@ def select_layers_plain(
 
 
 def select_layers(
-    layer: Layer,
-    states: Tensor,
-    budget: int,
-    smallest: int = 0,
-    measure: Measure | None = None,
+    layer: Layer, states: Tensor, budget: int, smallest: int = 0, measure: Measure | None = None
 ) -> Selection:
     """The same in fewer than L calls of ``layer``, each on at most ``budget`` rows (§3.6).
 
@@ -107,6 +103,7 @@ def select_layers(
     layers = layer_count(states, budget, smallest)
     measure = measure or distances
     g = states[0].expand(budget + 1, *states[0].shape).clone()       # (budget + 1, [T,] dim)
+    one_each = [1] * states[0].dim()                                 # to broadcast over a cell
     skipped = states.new_ones(layers + 1, budget + 1, dtype=torch.bool)     # of cell (i, j)
     skipped[:, 0] = False
     for i in range(1, layers + 1):
@@ -117,8 +114,7 @@ def select_layers(
             skip = g[first - 1:end - 1]
             run_is_closer = measure(run, states[i]) <= measure(skip, states[i])
             skipped[i, first:end] = ~run_is_closer       # NaN, from overflow, compares as false
-            by_cell = run_is_closer.reshape(-1, *[1] * (run.dim() - 1))
-            g[first:end] = torch.where(by_cell, run, skip)
+            g[first:end] = torch.where(run_is_closer.reshape(-1, *one_each), run, skip)
         g[0] = states[i]
     table = skipped.tolist()
     budgets = range(smallest, budget + 1)

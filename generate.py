@@ -221,9 +221,10 @@ class Decoder:
     def new_drafter(self) -> Drafter:
         if not self.is_auto:
             return Clasp(self.model, **self.settings)
-        require(self.args.draft_exit_threshold is None and self.args.opt_interval is None,
-                "--skip-layers auto chooses the exit threshold and the interval too: leave them "
-                "out")
+        chosen = (self.args.draft_exit_threshold, self.args.opt_interval, self.args.opt_tokens)
+        require(all(value is None for value in chosen),
+                "--skip-layers auto chooses the exit threshold, the interval and the tokens too: "
+                "leave them out")
         # When sampling, costs by the model's shape, not by the clock: a seed then fixes the text.
         costs = SHAPE if self.args.temperature > 0 else None
         return Auto(self.model, self.draft_length, costs)

@@ -38,6 +38,7 @@ from dp_skip import Selection, distances, relative_distances, select_layers
 from model import BLOCK, KVCache, Llama, ModelError, whole_blocks
 
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly
+LIKELIEST = 256               # tokens among which top-p looks first
 KEPT_STATES = 64              # of the prompt's last tokens the drafter is told the states
 
 # The defaults of CLaSp's settings, by measurement (see results/).
@@ -586,21 +587,28 @@ def pick(
 
 
 def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Logits (..., vocabulary) -> probabilities, float32, after temperature and top-p filtering.
-
-    Top-p (nucleus): the fewest most likely tokens whose probabilities reach top_p together,
-    renormalised.
-    """
+    """Logits (..., vocabulary) -> probabilities, float32, after temperature and top-p filtering."""
     logits = logits.float().nan_to_num()         # a draft may overflow; a text's own row may not
     logits = logits - logits.amax(-1, keepdim=True)              # so that no division overflows
     p = (logits / temperature).softmax(-1)
-    if top_p < 1:
-        ordered, token = p.sort(dim=-1, descending=True)
+    return p if top_p == 1 else nucleus(p, top_p)
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """Top-p: the fewest most likely tokens whose probabilities reach top_p together, renormalised.
+
+    They are looked for among the LIKELIEST tokens first: to order a large vocabulary takes longer
+    than a pass of a small model.
+    """
+    vocabulary = p.shape[-1]
+    for count in (min(LIKELIEST, vocabulary), vocabulary):
+        ordered, token = p.topk(count, dim=-1)
         before = ordered.cumsum(-1) - ordered                    # probability of those before it
-        ordered[before >= top_p] = 0
-        p = torch.zeros_like(p).scatter(-1, token, ordered)
-        p = p / p.sum(-1, keepdim=True)
-    return p
+        outside = before >= top_p
+        if outside[..., -1].all():                               # the nucleus ends within them
+            break
+    p = torch.zeros_like(p).scatter(-1, token, ordered.masked_fill(outside, 0))
+    return p / p.sum(-1, keepdim=True)
 
 
 # ---------------------------------------------------------------------------- clock and refusals

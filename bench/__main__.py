@@ -29,7 +29,7 @@ from generate import Parser, say
 from model import ModelError
 from speculative import SettingsError, require
 
-METHODS = "clasp,auto,self-sd,swift,even,random,prompt-lookup"
+METHODS = "clasp,auto,best-fixed,self-sd,swift,even,random,prompt-lookup"
 STEP_REPEATS = 9              # at least: steps are short
 RIVAL_REPEATS = 5
 

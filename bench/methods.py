@@ -3,6 +3,7 @@
     autoregressive   plain decoding, one row a pass: what all are measured against
     clasp            the DP chooses the layers to skip, every few cycles (the paper)
     auto             CLaSp that chooses its settings itself, and whether to draft (extras/auto.py)
+    best-fixed       the best set of layers that is found beforehand           (fixed.py)
     self-sd          one set of layers, searched for beforehand                (search.py)
     swift            one set of layers, searched for while decoding            (search.py)
     even, random     one set of layers, evenly spaced or at random
@@ -14,7 +15,7 @@ import random
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
-from bench.search import SWIFT_TRIALS, Search, Swift, self_sd
+from bench.search import SWIFT_TRIALS, Search, Swift, best_fixed, self_sd
 from bench.target import Target
 from extras.auto import Auto
 from extras.lookup import Lookup
@@ -84,6 +85,8 @@ def new_method(name: str, target: Target, seed: int) -> Method:
             return clasp(target)
         case "auto":
             return auto(target)
+        case "best-fixed":
+            return fixed(target, best_fixed(target, seed))
         case "self-sd":
             return fixed(target, self_sd(target, seed).best)
         case "swift":
@@ -96,7 +99,10 @@ def new_method(name: str, target: Target, seed: int) -> Method:
             return lookup(target)
 
 
-NAMES = ("autoregressive", "clasp", "auto", "self-sd", "swift", "even", "random", "prompt-lookup")
+NAMES = (
+    "autoregressive", "clasp", "auto", "best-fixed", "self-sd", "swift", "even", "random",
+    "prompt-lookup",
+)
 
 
 def new_methods(names: list[str], target: Target, seed: int) -> dict[str, Method]:

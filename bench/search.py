@@ -4,15 +4,17 @@ Both try sets of M layers, as many as CLaSp skips, and score each by how many gr
 whole model the rest of the layers predicts. ``Search`` is what they share.
 """
 import random
+from collections.abc import Collection
 
 import torch
 from tqdm import tqdm  # comes with huggingface-hub
 
+from bench import fixed
 from bench.prompts import HELD_OUT
 from bench.target import Target
 from speculative import FixedSet, Outcome, Text, autoregressive
 
-SELF_SD_TRIALS = 240
+SELF_SD_TRIALS = 500
 SWIFT_TRIALS = 200
 SCORED = 64                   # tokens of each text on which Self-SD tries a set
 CONTEXT = 64                  # last tokens of the text that SWIFT runs ...
@@ -21,9 +23,14 @@ FIRST_TRIAL = 16              # new tokens of a text before SWIFT's first trial 
 
 
 class Search:
-    """Sets of M layers: a third tried at random, then by optuna's Bayesian sampler (TPE)."""
+    """Sets of M layers: a third tried at random, then by optuna's Bayesian sampler (TPE).
 
-    def __init__(self, target: Target, seed: int, trials: int):
+    first: sets to be tried before all others.
+    """
+
+    def __init__(
+        self, target: Target, seed: int, trials: int, first: Collection[frozenset[int]] = ()
+    ):
         import optuna
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.model = target.model
@@ -36,6 +43,8 @@ class Search:
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=trials // 3, multivariate=True, seed=seed)
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        for skip in first:
+            self.study.enqueue_trial({f"layer {i}": float(i in skip) for i in self.layers})
 
     def step(self, texts: list[list[int]], scored: int):
         """Try one more set: those layers to which the sampler gives the highest values.
@@ -74,17 +83,38 @@ def self_sd(target: Target, seed: int, trials: int = SELF_SD_TRIALS) -> Search:
     """Self-SD (Zhang et al. 2024): one set for all texts, found beforehand on held-out text.
 
     The text is the model's own. In the paper attention and MLP blocks are searched for the time
-    that is saved; here, to compare at the same M, whole layers for the greedy tokens got right.
+    that is saved; here, to compare at the same M, whole layers for the greedy tokens got right. The
+    search starts from every block of neighbours and the DP's most frequent set.
     """
-    search = Search(target, seed, trials)
     prompts = [target.encode([text]) for text in HELD_OUT]
     length = max(len(prompt) for prompt in prompts) + SCORED
     texts = []
     for prompt in prompts:
         texts.append([*prompt, *autoregressive(target.model, prompt, length - len(prompt))])
+    budget = target.settings["skip_layers"]
+    first = [
+        *fixed.blocks(target.layers, budget),
+        fixed.most_frequent(held_out_texts(target), budget),
+    ]
+    search = Search(target, seed, trials, first)
     for _ in tqdm(range(trials), desc="Self-SD searches", leave=False, disable=None):
         search.step(texts, SCORED)
     return search
+
+
+def best_fixed(target: Target, seed: int) -> frozenset[int]:
+    """The best set for all texts that is found on held-out ones, see fixed.py."""
+    return fixed.best_fixed_set(held_out_texts(target), target.settings["skip_layers"], seed)
+
+
+@torch.inference_mode()
+def held_out_texts(target: Target) -> list[fixed.Written]:
+    texts = []
+    for text in HELD_OUT:
+        prompt = target.encode([text])
+        answer = list(autoregressive(target.model, prompt, 2 * SCORED))
+        texts.append(fixed.Written(target.model, prompt, answer, target.draft_length))
+    return texts
 
 
 class Swift(FixedSet):

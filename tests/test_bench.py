@@ -54,7 +54,8 @@ def methods(target) -> dict[str, Method]:
 
 
 def small_target(**changes) -> Target:
-    settings = {"skip_layers": 3, "draft_length": 3, "exit_threshold": 0.0, "opt_interval": 4}
+    settings = {"skip_layers": 3, "draft_length": 3, "exit_threshold": 0.0,
+                "opt_interval": 4, "opt_tokens": 2}
     fields = {"name": "small", "model": random_model(), "tokenizer": None, "settings": settings}
     return Target(**fields | changes)
 
@@ -423,7 +424,7 @@ def test_the_steps_are_timed_and_compared_with_transformers(tmp_path, capsys):
     assert program.main([*TINY, "--repeat", "1", "--speed", str(path)]) == 0
     page = path.read_text()
     assert page + "\n" == capsys.readouterr().out
-    for step in ("plain step", "verify pass", "draft token", "DP, cell by cell"):
+    for step in ("plain step", "verify pass", "draft token", "DP", "DP of one token, cell by cell"):
         assert f"| {step} | " in page
     assert "transformers' generate" in page
 

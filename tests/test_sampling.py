@@ -13,6 +13,7 @@ from enumeration import NUCLEUS, chi_square_is_plausible, error_of_the_induced_d
 
 import speculative
 from speculative import (
+    LIKELIEST,
     Clasp,
     Draft,
     Stats,
@@ -21,6 +22,7 @@ from speculative import (
     clasp,
     distribution,
     draft_by_skipping,
+    nucleus,
     pick,
 )
 
@@ -73,7 +75,7 @@ def q_before_top_p(logits, temperature, top_p, rng):
 
 
 def unlikely_token_dropped(*args):
-    tokens, q = draft_by_skipping(*args)
+    tokens, q, _ = draft_by_skipping(*args)
     while tokens and q[-1][tokens[-1]] < 0.1:
         tokens.pop()
         q.pop()
@@ -230,3 +232,35 @@ def test_temperature_divides_the_logits():
     assert distribution(logits, 0.5, 1)[0].item() == pytest.approx(0.25 / 0.365)
     assert distribution(logits, 1e-6, 1).tolist() == [1, 0, 0, 0]
     assert distribution(1e30 * logits, 1e-6, 1).tolist() == [1, 0, 0, 0]
+
+
+# ---------------------------------------------------------------- the nucleus
+
+def nucleus_by_sorting(p: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Its definition, a token at a time."""
+    kept = torch.zeros_like(p)
+    for token in p.argsort(descending=True).tolist():
+        if kept.sum() >= top_p:
+            break
+        kept[token] = p[token]
+    return kept / kept.sum()
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("vocabulary", [5, LIKELIEST, 3 * LIKELIEST])
+def test_the_nucleus_is_the_fewest_likely_tokens_that_reach_top_p(vocabulary, sharpness, top_p):
+    """Whether it lies within the likeliest tokens, which are looked at first, or beyond."""
+    logits = torch.randn(4, vocabulary, generator=torch.Generator().manual_seed(0))
+    p = (sharpness * logits).double().softmax(-1)
+    got = nucleus(p, top_p)
+    for row, expected in zip(got, p):
+        assert torch.allclose(row, nucleus_by_sorting(expected, top_p), atol=1e-12)
+
+
+def test_one_flat_row_among_peaked_ones_gets_its_whole_nucleus():
+    flat = torch.full((2 * LIKELIEST,), 1 / (2 * LIKELIEST))
+    peaked = torch.zeros(2 * LIKELIEST)
+    peaked[7] = 1
+    got = nucleus(torch.stack((peaked, flat)), 0.75)
+    assert (got > 0).sum(-1).tolist() == [1, 3 * LIKELIEST // 2]

@@ -1,0 +1,109 @@
+"""bench/fixed.py: what a set of layers gets accepted, told without decoding."""
+import pytest
+from conftest import random_model, tokens_of
+
+from bench.fixed import (
+    Written,
+    best_fixed_set,
+    blocks,
+    first_tokens_right,
+    most_frequent,
+    share_accepted,
+    share_accepted_by_dp,
+)
+from speculative import Clasp, FixedSet, Stats, autoregressive, decode
+
+LENGTH = 3
+PROMPT = 12
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(layers=8)
+
+
+def written(model, seed: int, tokens: int = 60) -> Written:
+    prompt = tokens_of(model, PROMPT, seed)
+    return Written(model, prompt, list(autoregressive(model, prompt, tokens)), LENGTH)
+
+
+@pytest.fixture(scope="module")
+def texts(model) -> list[Written]:
+    return [written(model, seed) for seed in range(3)]
+
+
+def accepted_by_cycle(model, text: Written, drafter) -> list[int]:
+    """Of each cycle of real decoding that drafted in full."""
+    counts = []
+    observe = drafter.observe
+
+    def noted(text, outcome):
+        counts.append(outcome.accepted)
+        observe(text, outcome)
+
+    drafter.observe = noted
+    prompt = text.tokens[:PROMPT]
+    stats = Stats()
+    assert [*prompt, *decode(model, prompt, 60, drafter, stats=stats)] == text.tokens
+    return counts
+
+
+def walked(text: Written, choose) -> list[int]:
+    """Accepted tokens of each cycle, as ``walk`` counts them."""
+    places = []
+
+    def noted(cycle: int, place: int):
+        places.append(place)
+        return choose(cycle, place)
+
+    text.walk(noted)
+    return [later - place - 1 for place, later in zip(places, places[1:])]
+
+
+@pytest.mark.parametrize("skip", [{2}, {1, 4, 5}, {0, 2, 3, 6, 7}])
+def test_a_walk_accepts_what_decoding_accepts(model, texts, skip):
+    skip = frozenset(skip)
+    for text in texts:
+        decoded = accepted_by_cycle(model, text, FixedSet(skip, LENGTH))
+        counts = walked(text, lambda cycle, place: skip)
+        assert len(counts) > 5
+        assert counts == decoded[:len(counts)]
+
+
+@pytest.mark.parametrize("tokens, interval", [(1, 4), (8, 1), (8, 128)])
+def test_a_walk_by_the_dp_accepts_what_clasp_accepts(model, texts, tokens, interval):
+    for text in texts:
+        clasp = Clasp(model, 4, LENGTH, opt_interval=interval, opt_tokens=tokens)
+        decoded = accepted_by_cycle(model, text, clasp)
+        chosen = {}
+
+        def choose(cycle: int, place: int, text=text, chosen=chosen):
+            if cycle % interval == 0:
+                chosen["set"] = text.chosen(place, 4, tokens)
+            return chosen["set"]
+
+        counts = walked(text, choose)
+        assert counts == decoded[:len(counts)]
+    share = share_accepted_by_dp(texts, 4, tokens, interval)
+    assert 0 <= share <= 1
+
+
+def test_all_is_accepted_of_a_draft_that_skips_nothing(texts):
+    assert share_accepted(texts, frozenset()) == 1
+    assert first_tokens_right(texts, frozenset()) == 1
+
+
+def test_blocks_are_all_sets_of_neighbours():
+    assert list(blocks(4, 3)) == [{0, 1, 2}, {1, 2, 3}]
+    assert len(list(blocks(20, 10))) == 11
+
+
+def test_the_best_fixed_set_is_better_than_a_block_usually_is(texts):
+    best = best_fixed_set(texts, 4, trials=30)
+    assert len(best) == 4
+    shares = [share_accepted(texts, skip) for skip in blocks(8, 4)]
+    assert share_accepted(texts, best) > sum(shares) / len(shares)
+
+
+def test_the_most_frequent_set_has_its_size(texts):
+    assert len(most_frequent(texts, 3)) == 3
