@@ -18,7 +18,7 @@ from bench.table import summary
 from bench.target import Target
 from dp_skip import Measure, distances, select_layers
 from model import KVCache, Llama
-from speculative import NO_DRAFT, Clasp, Draft, Text, prefill
+from speculative import NO_DRAFT, Clasp, Draft, Text, prefill, require
 
 PERSISTENCE_TOKENS = 128      # new tokens of a text, each with its own set
 PERSISTENCE_PROMPTS = 4
@@ -195,10 +195,12 @@ def acceptance(target: Target, prompts: list[Prompt], others: list[Prompt]) -> l
 
 def written(target: Target, prompts: list[Prompt], length: int) -> list[fixed.Written]:
     """The prompts with their answers, as far as these are long enough for two drafts."""
-    return [
+    texts = [
         fixed.Written(target.model, prompt.tokens, prompt.answer, length)
         for prompt in prompts if len(prompt.answer) > 2 * length + 2
     ]
+    require(len(texts) >= 1, f"no answer is longer than two drafts of {length} tokens")
+    return texts
 
 
 # ---------------------------------------------------------------------------- where the time goes

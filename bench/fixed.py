@@ -184,12 +184,13 @@ def first_tokens_right(texts: list[Written], skip: frozenset[int]) -> float:
 
 
 def best_fixed_set(
-    texts: list[Written], budget: int, seed: int = 0, trials: int = TRIALS
+    texts: list[Written], budget: int, seed: int = 0, trials: int | None = None
 ) -> frozenset[int]:
     """The best set that is found from blocks and the DP's most frequent set on.
 
-    One of the best so far has one or two layers exchanged, ``trials`` times.
+    One of the best so far has one or two layers exchanged, ``trials`` times (None: TRIALS).
     """
+    trials = TRIALS if trials is None else trials
     layers = range(len(texts[0].model.layers))
     draws = random.Random(seed)
     score = partial(first_tokens_right, texts)

@@ -1,8 +1,8 @@
 """The questions that are asked: our own, or those of Spec-Bench.
 
 Our own lie in prompts.json, by group of tasks. They were written for this project; none is in the
-bundled model's training text. Those "held out" are for Self-SD's search and for warming up, never
-for measuring.
+bundled model's training text. Those "held out" are to choose fixed sets on, to warm up, and for
+tools/, never for measuring.
 """
 import json
 from pathlib import Path

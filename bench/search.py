@@ -79,8 +79,10 @@ class Search:
         self.best, self.score, self.left = progress
 
 
-def self_sd(target: Target, seed: int, trials: int = SELF_SD_TRIALS) -> Search:
+def self_sd(target: Target, seed: int, trials: int | None = None) -> Search:
     """Self-SD (Zhang et al. 2024): one set for all texts, found beforehand on held-out text.
+
+    trials: None: SELF_SD_TRIALS.
 
     The text is the model's own. In the paper attention and MLP blocks are searched for the time
     that is saved; here, to compare at the same M, whole layers for the greedy tokens got right. The
@@ -96,6 +98,7 @@ def self_sd(target: Target, seed: int, trials: int = SELF_SD_TRIALS) -> Search:
         *fixed.blocks(target.layers, budget),
         fixed.most_frequent(held_out_texts(target), budget),
     ]
+    trials = SELF_SD_TRIALS if trials is None else trials
     search = Search(target, seed, trials, first)
     for _ in tqdm(range(trials), desc="Self-SD searches", leave=False, disable=None):
         search.step(texts, SCORED)

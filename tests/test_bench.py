@@ -15,7 +15,7 @@ from conftest import DEVICE, ROOT, random_model
 
 import bench.race
 from bench import __main__ as program
-from bench import experiments
+from bench import experiments, fixed, search
 from bench.methods import (
     NAMES,
     Method,
@@ -50,7 +50,10 @@ def target() -> Target:
 
 @pytest.fixture(scope="module")
 def methods(target) -> dict[str, Method]:
-    return new_methods(NAMES, target, seed=0)
+    with pytest.MonkeyPatch.context() as patch:           # short searches
+        patch.setattr(fixed, "TRIALS", 20)
+        patch.setattr(search, "SELF_SD_TRIALS", 60)
+        return new_methods(NAMES, target, seed=0)
 
 
 def small_target(**changes) -> Target:
@@ -378,19 +381,20 @@ def test_a_synthetic_model_runs_and_says_so(tmp_path, capsys, monkeypatch):
 def test_settings_are_as_typed_else_as_the_model_suggests_else_the_default():
     typed = load_target(program.arguments(["--device", DEVICE, "--draft-length", "2"])).settings
     assert typed == {"skip_layers": 17, "draft_length": 2, "exit_threshold": 0.0,
-                     "opt_interval": 64}
+                     "opt_interval": 128, "opt_tokens": 4}
 
 
 # ---------------------------------------------------------------- figures and steps
 
 FIGURES = {
     "3a_sparse_persistence", "skipped_layers", "3b_markov", "3c_time", "4a_skipped_layers",
-    "bound", "4b_interval", "4c_exit_threshold",
+    "bound", "4b_interval", "4c_exit_threshold", "acceptance",
 }
 
 
-def test_all_figures_are_drawn_with_their_numbers(tmp_path):
-    assert program.main([*TINY, "--max-new-tokens", "8", "--figures", str(tmp_path)]) == 0
+def test_all_figures_are_drawn_with_their_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(fixed, "TRIALS", 5)
+    assert program.main([*TINY, "--figures", str(tmp_path)]) == 0
     files = {f"{name}.{kind}" for name, kind in itertools.product(FIGURES, ("png", "csv"))}
     assert {path.name for path in tmp_path.iterdir()} == files | {"figures.md"}
     page = (tmp_path / "figures.md").read_text()
@@ -486,7 +490,7 @@ def run_tool(name: str, *argv: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("what, options, shown", [
     ("equal", ["--prompts", "2", "--max-new-tokens", "20"], "8 runs of 20 greedy tokens"),
     ("slice", ["--positions", "20"], "| 10 |"),
-    ("dp", [], "220 sets equal"),
+    ("dp", [], "420 sets equal"),
 ])
 def test_a_model_is_verified(what, options, shown):
     done = run_tool("verify.py", what, "--device", DEVICE, *options)

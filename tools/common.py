@@ -1,6 +1,5 @@
 """What the tools that measure a model share: prompts, options, loading, and errors in one line."""
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +14,6 @@ from extras.packed import pack
 from generate import Parser, choose_device
 from model import Llama, ModelError
 from speculative import DRAFT_LENGTH, SettingsError, require
-
-# Beginnings of tales, written for this purpose; in no training text.
-OPENINGS = json.loads((Path(__file__).parent / "openings.json").read_text(encoding="utf-8"))
 
 
 class Setup(NamedTuple):

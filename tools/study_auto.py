@@ -12,11 +12,11 @@ from collections import defaultdict
 from dataclasses import replace
 
 import torch
-from common import OPENINGS, Setup, load, new_parser, require_positive, run_tool  # and the path
+from common import Setup, load, new_parser, require_positive, run_tool  # and the path
 
 from bench import methods
 from bench.methods import PLAIN, Method
-from bench.prompts import read_questions
+from bench.prompts import HELD_OUT, read_questions
 from bench.race import Plan, ask, interleave
 from bench.table import summary
 from bench.target import load_target
@@ -42,7 +42,7 @@ def reject(args):
     budgets = sorted({max(1, round(layers * share)) for share in SHARES})
     distances = defaultdict(list)
     rejected = defaultdict(list)
-    for opening in OPENINGS[:args.prompts]:
+    for opening in HELD_OUT[:args.prompts]:
         for budget, distance, is_wrong in drafted_tokens(setup, opening, budgets):
             distances[budget].append(distance)
             rejected[budget].append(is_wrong)
@@ -141,7 +141,7 @@ def main():
     parser.add_argument("--repeat", type=int, default=3)
     # What the sweep leaves as the model suggests; see ``bench.target.load_target``.
     parser.set_defaults(synthetic=None, cuda_graphs=False, skip_layers=None, exit_threshold=None,
-                        opt_interval=None)
+                        opt_interval=None, opt_tokens=None)
     args = parser.parse_args()
     require_positive(args.prompts, args.max_new_tokens, args.repeat)
     STUDIES[args.what](args)

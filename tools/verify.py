@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from common import OPENINGS, Setup, load, new_parser, require_positive, run_tool  # and the path
+from common import Setup, load, new_parser, require_positive, run_tool  # and the path
 from torch import Tensor
 
 import speculative
 from bench.experiments import ROWS, window_cosines
+from bench.prompts import HELD_OUT
 from bench.steps import timed
 from dp_skip import distances, relative_distances, select_layers, select_layers_plain
 from extras.exact import exact_width
@@ -64,7 +65,7 @@ def several_lengths(setup: Setup) -> list[list[int]]:
     """Prompts: the openings whole, and then their first words."""
     texts = []
     for words in (99, 4, 8):
-        texts += [" ".join(text.split()[:words]) for text in OPENINGS]
+        texts += [" ".join(text.split()[:words]) for text in HELD_OUT]
     return [setup.encode(text) for text in texts[:setup.args.prompts]]
 
 
@@ -109,7 +110,7 @@ def bits_of(x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def dp(setup: Setup):
-    text = [token for opening in OPENINGS for token in setup.encode(opening)]
+    text = [token for opening in HELD_OUT for token in setup.encode(opening)]
     compare_readings(setup, text)
     time_dp(setup, text)
 
@@ -192,7 +193,7 @@ def slice_over(setup: Setup, count: int):
     model = setup.model
     require(len(model.layers) >= first + size,
             f"slice needs a model of at least {first + size} layers")
-    tokens = setup.encode(" ".join(OPENINGS[:6]))
+    tokens = setup.encode(" ".join(HELD_OUT[:6]))
     found = []
     for position in setup.args.positions:
         cache = KVCache(model, position, ROWS * count)
