@@ -29,6 +29,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # layer(i, candidates): decoder layer i (counted from 0) on candidates (m, dim), each a state of the
@@ -133,12 +134,6 @@ def walk_back(skipped: Callable[[int, int], bool], layers: int, budget: int) -> 
     return frozenset(chosen)
 
 
-def unit(rows: Tensor) -> Tensor:
-    """States (..., dim) scaled to length 1, in float32."""
-    rows = rows.float()
-    return rows / torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-
-
 def distances(candidates: Tensor, state: Tensor) -> Tensor:
     """The paper's measure, by direction: |u - v|, u and v the two scaled to length 1.
 
@@ -146,7 +141,9 @@ def distances(candidates: Tensor, state: Tensor) -> Tensor:
     since a few huge entries can bring every cosine within 1e-7 of 1 (a text's first token is so),
     where float32 has no digits left.
     """
-    return root_mean_square(unit(candidates) - unit(state))
+    u = F.normalize(candidates.float(), dim=-1)
+    v = F.normalize(state.float(), dim=-1)
+    return root_mean_square(u - v)
 
 
 def relative_distances(candidates: Tensor, state: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ STAND_INS = {
 # Problem 4 solved would give problem 3 away, being the same DP. (Not the reverse: it is meant to be
 # derived from it.) While 3 is to be written and 4 is not assigned, the plain form does its work.
 SLOW_SELECT = """
-sets, cosines = select_layers_plain(layer, states, budget)
+sets, cosines = select_layers_plain(layer, states, budget, measure)
 return Selection(sets[smallest:], cosines[smallest:])
 """
 

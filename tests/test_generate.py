@@ -173,6 +173,7 @@ def test_where_no_width_is_exact_this_is_said(capsys, monkeypatch, folder, flags
     (["--skip-layers", "auto"], Auto),
     (BY_HAND, Clasp),
     (["--opt-interval", "8"], Clasp),
+    (["--opt-tokens", "1"], Clasp),
     (["--draft-exit-threshold", "0.5"], Clasp),
 ], ids=str)
 def test_clasp_decodes_as_typed_and_auto_where_nothing_is(folder, flags, drafter):

@@ -56,6 +56,7 @@ def situations(draw):
         "draft_length": draw(st.integers(1, min(7, block - 1))),
         "exit_threshold": draw(st.sampled_from([0.0, 1.0]) | st.floats(0, 1)),
         "opt_interval": draw(st.sampled_from([1, 2, 5, 1000])),
+        "opt_tokens": draw(st.sampled_from([1, 2, 8, 64])),
     }
     return model, prompt, count, chosen, block
 

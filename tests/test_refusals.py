@@ -54,6 +54,8 @@ BAD_FLAGS = [
     (["--draft-length", "1000000000000000000"], "draft length"),
     (["--draft-exit-threshold", "2"], "threshold"),
     (["--opt-interval", "0"], "interval"),
+    (["--opt-tokens", "0"], "between 1 and 64"),
+    (["--skip-layers", "auto", "--opt-tokens", "3"], "leave them out"),
     (["--temperature", "-1"], "temperature"),
     (["--temperature", "1e-40"], "temperature"),
     (["--temperature", "nan"], "temperature"),

@@ -205,6 +205,8 @@ def test_a_model_that_computes_no_numbers_is_refused(method, value):
     ({"exit_threshold": 1.5}, "threshold"),
     ({"exit_threshold": -0.1}, "threshold"),
     ({"opt_interval": 0}, "interval"),
+    ({"opt_tokens": 0}, "tokens that layers are chosen by"),
+    ({"opt_tokens": 65}, "between 1 and 64"),
     ({"temperature": -1}, "temperature"),
     ({"temperature": 1e-7}, "temperature"),
     ({"top_p": 0}, "top-p"),
