@@ -6,8 +6,9 @@ Text goes to standard output; the prompt's echo, statistics and progress go to s
 a user can get wrong ends in one line there and exit status 2.
 
 This file knows arguments (``arguments``), what follows from them (``Decoder``: which drafter, how
-wide a pass) and printing. The drafter is speculative.Clasp if the settings are typed or the model
-suggests some, as the bundled one does; else extras.auto.Auto, which chooses them itself.
+wide a pass) and printing. The drafter is speculative.Clasp if its settings are typed or the model
+suggests some, as the bundled one does; else extras.auto.Auto, which looks words up too, and decides
+itself.
 """
 import argparse
 import contextlib
@@ -23,9 +24,11 @@ from pathlib import Path
 import torch
 
 from checkpoint import BUNDLED, Tokenizer, find_folder, load_model, suggested_settings
-from extras.auto import SHAPE, Auto
+from extras.auto import Auto
 from extras.exact import exact_width
+from extras.lookup import MOST, Lookup
 from extras.packed import pack
+from extras.worth import SHAPE
 from model import KVCache, Llama, ModelError
 from speculative import (
     DRAFT_LENGTH,
@@ -43,7 +46,13 @@ from speculative import (
 )
 
 PROMPT = "Once upon a time, in a great forest, there lived an old witch"
-DRAFTED, VERIFIED, DIM, PLAIN = "\033[32m", "\033[1;35m", "\033[2m", "\033[0m"   # terminal colours
+DIM, PLAIN = "\033[2m", "\033[0m"                     # of a terminal
+# How --show-drafts shows a token, by its source: colour, and marks around a run of such tokens.
+SHOWN = {
+    "layers": ("\033[32m", "[", "]"),
+    "lookup": ("\033[36m", "{", "}"),
+    "": ("\033[1;35m", "", ""),                        # the whole model's own
+}
 WARM_UP = 8                   # tokens decoded before a comparison: first passes are slow
 
 
@@ -94,12 +103,15 @@ def add_text_arguments(parser: Parser):
 def add_clasp_arguments(parser: Parser):
     add = parser.add_argument
     by_model = "default: what the model's generation_config.json suggests, else"
+    add("--drafter", choices=["auto", "layers", "lookup"],
+        help="who drafts: layers: the model without some (CLaSp); lookup: what followed the same "
+             "words earlier in the text; auto: whichever pays at each place, with all settings "
+             "chosen; default: layers if the model suggests or you give one of their settings, "
+             "else auto")
     add("--skip-layers", type=layers_or_auto, metavar="M|auto",
-        help="layers the draft leaves out; auto: however many give the most tokens per second, if "
-             "any, and threshold and interval too; "
-             f"{by_model} auto, or half if one of those is given")
+        help=f"layers the draft leaves out; {by_model} half of them; auto: same as --drafter auto")
     add("--draft-length", type=int, metavar="K",
-        help=f"most tokens drafted at once; {by_model} {DRAFT_LENGTH}")
+        help=f"most tokens drafted at once; {by_model} {DRAFT_LENGTH}; for lookup and auto {MOST}")
     add("--draft-exit-threshold", type=float, metavar="X",
         help="stop drafting when the draft's top probability is lower; "
              f"{by_model} {EXIT_THRESHOLD}")
@@ -110,7 +122,7 @@ def add_clasp_arguments(parser: Parser):
              f"{by_model} {OPT_TOKENS}")
     add("--exact", action=argparse.BooleanOptionalAction, default=None,
         help="all passes in one shape: greedy text is that of plain decoding in such passes, to "
-             "the last bit; --no-exact saves the padding; default: yes, but not with auto")
+             "the last bit; --no-exact saves the padding; default: yes with --drafter layers")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="default: float32 on the CPU, bfloat16 elsewhere")
@@ -194,48 +206,62 @@ class Decoder:
         self.drafter = self.new_drafter()              # refuses what is out of range
 
     @cached_property
-    def settings(self) -> dict:
-        """The settings of CLaSp that were typed, over those that the model suggests."""
-        typed = {
-            "skip_layers": self.args.skip_layers,
-            "draft_length": self.args.draft_length,
-            "exit_threshold": self.args.draft_exit_threshold,
-            "opt_interval": self.args.opt_interval,
-            "opt_tokens": self.args.opt_tokens,
+    def typed(self) -> dict:
+        """The settings of CLaSp that were typed."""
+        args = self.args
+        settings = {
+            "skip_layers": args.skip_layers if args.skip_layers != "auto" else None,
+            "draft_length": args.draft_length,
+            "exit_threshold": args.draft_exit_threshold,
+            "opt_interval": args.opt_interval,
+            "opt_tokens": args.opt_tokens,
         }
-        typed = {name: value for name, value in typed.items() if value is not None}
-        return suggested_settings(self.folder) | typed
+        return {name: value for name, value in settings.items() if value is not None}
+
+    @cached_property
+    def settings(self) -> dict:
+        """Those typed, over those that the model suggests."""
+        return suggested_settings(self.folder) | self.typed
 
     @property
-    def is_auto(self) -> bool:
-        """Is the drafter Auto? If asked for, or if no setting but the draft length is given."""
+    def drafts_by(self) -> str:
+        """Who drafts: "layers", "lookup" or "auto"."""
+        asked_for = "auto" if self.args.skip_layers == "auto" else self.args.drafter
         by_hand = self.settings.keys() - {"draft_length"}
-        if not by_hand:
-            return len(self.model.layers) > 1
-        return self.settings.get("skip_layers") == "auto"
+        return asked_for or ("layers" if by_hand else "auto")
 
     @property
     def draft_length(self) -> int:
-        return self.settings.get("draft_length", DRAFT_LENGTH)
+        if self.drafts_by == "layers":
+            return self.settings.get("draft_length", DRAFT_LENGTH)
+        return self.typed.get("draft_length", MOST)
 
     def new_drafter(self) -> Drafter:
-        if not self.is_auto:
+        args = self.args
+        require(args.skip_layers != "auto" or args.drafter in (None, "auto"),
+                f"--skip-layers auto does not go with --drafter {args.drafter}")
+        if self.drafts_by == "layers":
             return Clasp(self.model, **self.settings)
-        chosen = (self.args.draft_exit_threshold, self.args.opt_interval, self.args.opt_tokens)
-        require(all(value is None for value in chosen),
-                "--skip-layers auto chooses the exit threshold, the interval and the tokens too: "
-                "leave them out")
+        require(not self.typed.keys() - {"draft_length"},
+                f"the drafter is {self.drafts_by}: of the settings of --drafter layers it takes "
+                "only --draft-length, so leave the others out")
+        if self.drafts_by == "lookup":
+            return Lookup(self.draft_length)
         # When sampling, costs by the model's shape, not by the clock: a seed then fixes the text.
-        costs = SHAPE if self.args.temperature > 0 else None
+        costs = SHAPE if args.temperature > 0 else None
         return Auto(self.model, self.draft_length, costs)
 
     @cached_property
     def exact_width(self) -> int | None:
-        return exact_width(self.model, self.draft_length + 1)
+        """By the draft's length; where that varies, wide passes would cost more than they bring."""
+        most = self.draft_length
+        if self.drafts_by != "layers":
+            most = min(most, DRAFT_LENGTH)
+        return exact_width(self.model, most + 1)
 
     @property
     def wants_exact(self) -> bool:
-        return not self.is_auto if self.args.exact is None else self.args.exact
+        return self.drafts_by == "layers" if self.args.exact is None else self.args.exact
 
     @property
     def width(self) -> int | None:
@@ -282,13 +308,30 @@ def say(line: str, end="\n"):
             print(line, file=sys.stderr, end=end, flush=True)
 
 
-def show(pieces: Iterator[str], stats: Stats, colour: bool):
-    """Print text as it comes; with ``colour``, tokens of the draft and of the verifier apart."""
+def show(pieces: Iterator[str], stats: Stats, by_source: bool):
+    """Print text as it comes; with ``by_source``, each token by who wrote it."""
+    if by_source:
+        pieces = marked(pieces, stats)
     for piece in pieces:
-        if colour and piece:
-            piece = (DRAFTED if stats.from_draft[-1] else VERIFIED) + piece + PLAIN
         print(piece, end="", flush=True)
     print(flush=True)
+
+
+def marked(pieces: Iterator[str], stats: Stats) -> Iterator[str]:
+    """The pieces in colour, and drafts between marks, so that no colour is needed to see them."""
+    colour, opened, closed = SHOWN[""]
+    source = ""
+    for piece in pieces:
+        if not piece:
+            continue
+        mark = ""
+        if stats.sources[-1] != source:
+            source = stats.sources[-1]
+            mark = closed
+            colour, opened, closed = SHOWN[source]
+            mark += opened
+        yield mark + colour + piece + PLAIN
+    yield closed
 
 
 def write_text(args, prompt_text: str, pieces: Iterator[str], stats: Stats) -> tuple[str, bool]:
@@ -317,7 +360,10 @@ def report(args: argparse.Namespace, stats: Stats, layers: int):
     if args.method == "clasp" and stats.cycles:
         report_clasp(stats, layers)
     if args.show_drafts and not args.json:
-        say(f"  {DRAFTED}drafted and accepted{PLAIN}, {VERIFIED}written by the verifier{PLAIN}")
+        layers_colour, lookup_colour, own_colour = (colour for colour, _, _ in SHOWN.values())
+        say(f"  {layers_colour}[drafted by some layers]{PLAIN}, "
+            f"{lookup_colour}{{looked up}}{PLAIN}, both accepted; "
+            f"{own_colour}the whole model's own{PLAIN}")
     if args.show_skips:
         say("  layers run (█) and skipped (░), first to last, from the n-th new token on:")
         for new_tokens, skipped in stats.skip_sets:
@@ -328,10 +374,13 @@ def report(args: argparse.Namespace, stats: Stats, layers: int):
 def report_clasp(stats: Stats, layers: int):
     drafts = "no drafts"
     if stats.drafted:
-        skipped = len(stats.skip_sets[-1][1])
         drafts = (f"{stats.accepted} of {stats.drafted} drafted tokens accepted "
-                  f"({100 * stats.acceptance_rate:.0f} %), with {skipped} of {layers} layers "
-                  "skipped")
+                  f"({100 * stats.acceptance_rate:.0f} %)")
+        looked_up = stats.sources.count("lookup")
+        if looked_up:
+            drafts += f", {looked_up} of them looked up"
+        if "layers" in stats.sources:
+            drafts += f", with {len(stats.skip_sets[-1][1])} of {layers} layers skipped"
     say(f"  {stats.tau:.2f} tokens per pass of the whole model (tau); {drafts}")
     parts = [
         ("draft", stats.draft_seconds),

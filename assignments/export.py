@@ -35,6 +35,7 @@ KEPT_BACK = {"extras.cuda_graphs"}
 STAND_INS = {
     "extras.packed": (1, HERE / "stand_ins" / "packed.py"),
     "extras.auto": (6, HERE / "stand_ins" / "auto.py"),
+    "extras.lookup": (6, HERE / "stand_ins" / "lookup.py"),
 }
 
 # Problem 4 solved would give problem 3 away, being the same DP. (Not the reverse: it is meant to be

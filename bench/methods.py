@@ -2,14 +2,15 @@
 
     autoregressive   plain decoding, one row a pass: what all are measured against
     clasp            the DP chooses the layers to skip, every few cycles (the paper)
-    auto             CLaSp that chooses its settings itself, and whether to draft (extras/auto.py)
+    auto             looks words up, skips layers, or drafts nothing (extras/auto.py)
     best-fixed       the best set of layers that is found beforehand           (fixed.py)
     self-sd          one set of layers, searched for beforehand                (search.py)
     swift            one set of layers, searched for while decoding            (search.py)
     even, random     one set of layers, evenly spaced or at random
     prompt-lookup    drafts what followed the same words before; skips nothing (extras/lookup.py)
 
-All sets have the same size M, and all drafts the same greatest length K.
+All sets have the same size M. Drafts have the same greatest length K; but those of prompt lookup
+and auto, which choose it, are at their best with a limit of their own.
 """
 import random
 from collections.abc import Collection, Iterator
@@ -46,12 +47,12 @@ def clasp(target: Target, **changes) -> Method:
 
 def auto(target: Target) -> Method:
     """Without padding: it saves time, and plain steps are as fast as those it is compared with."""
-    return Method(Auto(target.model, target.draft_length))
+    return Method(Auto(target.model))
 
 
 def lookup(target: Target) -> Method:
     """Without padding, which it would pay for in every cycle that finds nothing to draft."""
-    return Method(Lookup(target.draft_length))
+    return Method(Lookup())
 
 
 def fixed(target: Target, skip: Collection[int]) -> Method:

@@ -15,6 +15,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from extras.packed import LONG_BFLOAT16, LONG_FLOAT32
 from model import BLOCK, KVCache, Llama, rope_table
 from speculative import full_pass, prefill
 
@@ -22,7 +23,7 @@ from speculative import full_pass, prefill
 KNOWN_WIDTHS = weakref.WeakKeyDictionary()
 TRIED = 8                     # widths that are tried before giving up
 ATTENTION_TRIALS = 16         # random queries for each of the trials below
-TRIALS = 4                    # random rows and caches in float32
+TRIALS = 6                    # random rows and caches in float32
 TRIALS_16_BITS = 12           # more, since 16 bits round most differences away
 
 
@@ -46,8 +47,12 @@ def is_even(model: Llama, width: int) -> bool:
     """Do equal rows come out equal, in every place, of all that a pass of the model computes?"""
     random = torch.Generator().manual_seed(0)
     in_float32 = model.embed.weight.dtype == torch.float32
+    sizes = [BLOCK, 2 * BLOCK, 3 * BLOCK]
+    for slots in (LONG_BFLOAT16, LONG_FLOAT32):          # from which on attention has another form
+        if slots <= model.config.max_position_embeddings:
+            sizes.append(slots)
     for trial in range(TRIALS if in_float32 else TRIALS_16_BITS):
-        slots = (1 + trial % 3) * BLOCK
+        slots = sizes[trial % len(sizes)]
         for rows in results_of_equal_rows(model, width, slots, random):
             if not torch.equal(rows, rows[:1].expand_as(rows)):
                 return False

@@ -3,48 +3,111 @@
 No layer runs for such a draft, so it costs next to nothing, and it is right wherever a text repeats
 itself: names, quotations, code, a summary of what the prompt says. It is the shortest example of a
 drafter (see ``speculative.Drafter``): it knows nothing of the model, and is lossless all the same.
+
+How likely it is right follows from how many words are the same. With m the tokens that match, and
+a(m) the share of guesses after m that were right so far, a guess of several tokens is right in all
+with chance a(m) a(m+1) a(m+2) ..: each right token makes the match longer.
 """
+from collections import defaultdict
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from speculative import DRAFT_LENGTH, Draft, Drafter, Text
+from extras.worth import Ratio
+from speculative import Draft, Drafter, Outcome, Text, require_draft_length
 
-LONGEST = 3                   # tokens that must have stood before, at most
+LONGEST = 8                   # tokens that are compared, at most
+MOST = 15                     # tokens of a draft, at most, if nothing else is said
+WORTH = 0.1                   # a token is drafted if it is right with this chance: a row's price
+# Of each length of match, 1 .. LONGEST: the share of guesses that is right, before any is seen, by
+# SmolLM2's answers to Spec-Bench (docs/auto.md). It counts as PRIOR_GUESSES guesses.
+PRIOR = (0.2, 0.45, 0.55, 0.65, 0.7, 0.75, 0.8, 0.9)
+PRIOR_GUESSES = 4
+
+
+class Guess(NamedTuple):
+    """What may come next, and how many tokens before it are the same as where it was found."""
+    tokens: list[int]
+    match: int
 
 
 class Lookup(Drafter):
-    """Finds where the last 3, 2 or 1 tokens stood before, and proposes what followed there."""
+    """Finds where the last 8 tokens stood before, or fewer, and proposes what followed there."""
 
-    def __init__(self, draft_length: int = DRAFT_LENGTH):
+    def __init__(self, draft_length: int = MOST):
+        """draft_length: most tokens of a draft."""
+        require_draft_length(draft_length)
         self.draft_length = draft_length
+        self.right = defaultdict(Ratio)                  # by length of match, kept between texts
 
     def begin(self, text: Text, hidden: Tensor | None):
-        self.ends = {}        # where a run of tokens last ended: {(a, b, c): index of what follows}
-        self.indexed = 0      # tokens of the text whose runs are in ``ends``
+        self.index = Index()
+        self.guess = Guess([], 0)
 
     def propose(self, text: Text, most: int) -> Draft:
-        found = self.find(text.tokens, min(most, self.draft_length))
-        found = up_to_stop(found, text.stop)
-        if text.temperature == 0:
-            return Draft(found, [None] * len(found), source="lookup")
-        return Draft(found, list(one_hot(found, text)), source="lookup")
+        self.look(text, most)
+        all_right = 1.0
+        length = 0
+        for chance in self.chances():
+            all_right *= chance
+            if all_right < WORTH:
+                break
+            length += 1
+        return self.draft(text, length)
 
-    def find(self, tokens: list[int], count: int) -> list[int]:
-        """What followed the longest run of last tokens that stood before; most recently, if often.
+    def look(self, text: Text, most: int):
+        """Make a guess of at most so many tokens."""
+        self.guess = self.index.guess(text.tokens, min(most, self.draft_length))
+
+    def chances(self) -> list[float]:
+        """That each token of the guess is right, if those before it are."""
+        match = self.guess.match
+        return [self.chance(match + i) for i in range(len(self.guess.tokens))]
+
+    def chance(self, match: int) -> float:
+        match = min(match, LONGEST)
+        return self.right[match].estimate(PRIOR[match - 1], PRIOR_GUESSES)
+
+    def draft(self, text: Text, length: int) -> Draft:
+        """The first tokens of the guess."""
+        tokens = up_to_stop(self.guess.tokens[:length], text.stop)
+        if text.temperature == 0:
+            return Draft(tokens, [None] * len(tokens), source="lookup")
+        return Draft(tokens, list(one_hot(tokens, text)), source="lookup")
+
+    def observe(self, text: Text, outcome: Outcome):
+        """Learn from the tokens that were written, whether they were drafted or not."""
+        written = text.tokens[-(outcome.accepted + 1):]
+        for i, (guessed, token) in enumerate(zip(self.guess.tokens, written)):
+            self.right[min(self.guess.match + i, LONGEST)].note(guessed == token)
+            if guessed != token:
+                break
+
+
+class Index:
+    """Where runs of up to LONGEST tokens ended in a text, the last time. It grows with the text."""
+
+    def __init__(self):
+        self.ends = {}        # {(a, b, c): index of what follows a b c}
+        self.indexed = 0      # tokens of the text whose runs are in ``ends``
+
+    def guess(self, tokens: list[int], most: int) -> Guess:
+        """What followed the longest run of last tokens that stood before.
 
         Where the text ends, what was found goes on: after "la la" comes "la la la".
         """
-        end = self.last_end(tokens)
-        if end is None:
-            return []
-        copied = tokens[end:end + count]
-        while len(copied) < count:
+        end, match = self.last_end(tokens)
+        if match == 0:
+            return Guess([], 0)
+        copied = tokens[end:end + most]
+        while len(copied) < most:
             copied.append(copied[len(copied) - (len(tokens) - end)])
-        return copied
+        return Guess(copied, match)
 
-    def last_end(self, tokens: list[int]) -> int | None:
-        """Where the longest run of last tokens ended before. Updates the index."""
+    def last_end(self, tokens: list[int]) -> tuple[int, int]:
+        """Where the longest run of last tokens ended before, and how long it is; 0 for none."""
         for end in range(self.indexed + 1, len(tokens)):         # nothing follows the last run yet
             for length in range(1, min(LONGEST, end) + 1):
                 self.ends[tuple(tokens[end - length:end])] = end
@@ -52,8 +115,8 @@ class Lookup(Drafter):
         for length in range(min(LONGEST, len(tokens)), 0, -1):
             end = self.ends.get(tuple(tokens[-length:]))
             if end is not None:
-                return end
-        return None
+                return end, length
+        return 0, 0
 
 
 def up_to_stop(tokens: list[int], stop) -> list[int]:

@@ -306,19 +306,38 @@ def test_a_prompt_with_nul_is_decoded(capsys, folder, tmp_path):
 def test_drafts_and_skips_can_be_seen(capsys):
     assert main([*SHORT, *GREEDY, "--show-drafts", "--show-skips"]) == 0
     out, err = capsys.readouterr()
-    assert generate.DRAFTED in out
-    assert generate.VERIFIED in out
+    for source in ("layers", ""):
+        colour, _, _ = generate.SHOWN[source]
+        assert colour in out
     assert "░" in err
 
 
-def test_colours_change_nothing_else(capsys):
+def test_marks_and_colours_change_nothing_else(capsys):
     assert main([*SHORT, *GREEDY]) == 0
     plain = capsys.readouterr().out
     assert main([*SHORT, *GREEDY, "--show-drafts"]) == 0
-    coloured = capsys.readouterr().out
-    for colour in (generate.DRAFTED, generate.VERIFIED, generate.PLAIN):
-        coloured = coloured.replace(colour, "")
-    assert coloured == plain
+    shown = capsys.readouterr().out
+    assert shown.count("[\033") == shown.count(generate.PLAIN + "]") > 0
+    for colour, opened, closed in generate.SHOWN.values():
+        shown = shown.replace(opened + colour, "").replace(colour, "")
+        shown = shown.replace(generate.PLAIN + closed, "")
+    assert shown == plain
+
+
+def test_each_source_has_its_own_marks():
+    """Colours are not needed to tell them apart. A piece without text opens nothing."""
+    stats = Stats()
+
+    def pieces():
+        for piece, source in zip(["a", "b", "", "c", "d", "e"],
+                                 ["layers", "layers", "lookup", "", "lookup", "lookup"]):
+            stats.sources.append(source)
+            yield piece
+
+    shown = "".join(generate.marked(pieces(), stats))
+    for colour, _, _ in generate.SHOWN.values():
+        shown = shown.replace(colour, "")
+    assert shown.replace(generate.PLAIN, "") == "[ab]c{de}"
 
 
 # ---------------------------------------------------------------- a real model

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import extras.lookup
-from extras.lookup import LONGEST, Lookup
+from extras.lookup import LONGEST, WORTH, Lookup
 from model import KVCache
-from speculative import Stats, Text, autoregressive, decode
+from speculative import NO_DRAFT, Outcome, Stats, Text, autoregressive, decode
 
 
 def new_text(tokens: list[int], temperature=0.0, stop=()) -> Text:
@@ -19,9 +19,16 @@ def new_text(tokens: list[int], temperature=0.0, stop=()) -> Text:
     return Text(model, cache, list(tokens), 200, None, temperature, 1.0, rng, stop, Stats())
 
 
+def sure(lookup: Lookup) -> Lookup:
+    """As if all its guesses had been right so far."""
+    for match in range(1, LONGEST + 1):
+        lookup.right[match].note(1e6, 1e6)
+    return lookup
+
+
 def draft(tokens: list[int], length: int = 3, most: int = 100, **settings):
     text = new_text(tokens, **settings)
-    lookup = Lookup(length)
+    lookup = sure(Lookup(length))
     lookup.begin(text, None)
     return lookup.propose(text, most)
 
@@ -37,6 +44,7 @@ def draft(tokens: list[int], length: int = 3, most: int = 100, **settings):
     ([1, 2, 3, 5, 2, 3, 6, 3, 7, 1, 2, 3], [5, 2, 3]),   # the longest run, though others are later
     ([1, 1], [1, 1, 1]),                                 # a run may overlap what follows it
     ([4, 5, 4, 5], [4, 5, 4]),
+    ([7, *range(20), 9, *range(20)], [9, 0, 1]),         # no more than 8 are compared
     ([1, 2, 3], []),                                     # nothing stood before
     ([1], []),
 ], ids=str)
@@ -56,7 +64,7 @@ def what_followed(tokens: list[int], length: int) -> list[int]:
 def check_index(pieces, length):
     """The index grows with the text: at every step it finds what a search would."""
     text = new_text(pieces[0])
-    lookup = Lookup(length)
+    lookup = sure(Lookup(length))
     lookup.begin(text, None)
     for piece in [[], *pieces[1:]]:
         text.tokens.extend(piece)
@@ -91,11 +99,61 @@ def test_a_draft_ends_after_a_stop_token():
 
 
 def test_another_text_starts_with_nothing_known():
-    lookup = Lookup()
+    lookup = sure(Lookup())
     for tokens, expected in (([1, 2, 1], [2, 1, 2, 1]), ([5, 1], [])):
         text = new_text(tokens)
         lookup.begin(text, None)
-        assert lookup.propose(text, 9).tokens == expected
+        assert lookup.propose(text, 4).tokens == expected
+
+
+# ---------------------------------------------------------------- how far it drafts
+
+def test_it_drafts_as_long_as_all_are_likely_right():
+    """After a match of 2 tokens, and 3, and 4, ..: the chances multiply."""
+    chances = (0.1, 0.8, 0.5, 0.9, 0.2, 0.9, 0.9, 0.9)
+    text = new_text([1, 2, 3, 4, 5, 6, 7, 1, 2])
+    lookup = Lookup(9)
+    for match, chance in enumerate(chances, 1):
+        lookup.right[match].note(1e6 * chance, 1e6)
+    lookup.begin(text, None)
+    lookup.look(text, 9)
+    expected = [*chances[1:], 0.9, 0.9]
+    assert lookup.chances() == pytest.approx(expected, abs=1e-4)
+    assert 0.8 * 0.5 * 0.9 > WORTH > 0.8 * 0.5 * 0.9 * 0.2
+    assert lookup.propose(text, 9).tokens == [3, 4, 5]
+
+
+@pytest.mark.parametrize("written, right", [
+    ([9], {2: 0}),                                       # not 3, which stood after "1 2"
+    ([3, 9], {2: 1, 3: 0}),                              # 3, but not 4, which stood after "1 2 3"
+    ([3, 4, 5], {2: 1, 3: 1, 4: 1}),
+    ([9, 4, 5], {2: 0}),                                 # what follows a wrong one says nothing
+], ids=str)
+def test_it_learns_from_what_is_written_whether_drafted_or_not(written, right):
+    """Of each length of match, was the guess right?"""
+    text = new_text([1, 2, 3, 4, 5, 1, 2])
+    lookup = Lookup()
+    lookup.begin(text, None)
+    lookup.look(text, 9)
+    text.tokens.extend(written)
+    lookup.observe(text, Outcome(NO_DRAFT, len(written) - 1, None, {}))
+    assert {match: ratio.part for match, ratio in lookup.right.items()} == right
+    assert all(ratio.whole == 1 for ratio in lookup.right.values())
+
+
+def test_what_it_learned_counts_in_the_next_text():
+    """Drafts become longer where guesses were right, shorter where they were not."""
+    tokens = [1, 2, 3, 4, 5, 6, 7, 1, 2]
+    lengths = {}
+    for right in (0, 1):
+        lookup = Lookup()
+        for _ in range(20):
+            for match in range(2, LONGEST + 1):
+                lookup.right[match].note(right)
+        text = new_text(tokens)
+        lookup.begin(text, None)
+        lengths[right] = len(lookup.propose(text, 9).tokens)
+    assert lengths == {0: 0, 1: 9}
 
 
 @pytest.mark.parametrize("tokens", [[1, 2, 3, 4, 5, 1, 2, 3], [1, 2, 3]])

@@ -20,7 +20,7 @@ from bench.prompts import HELD_OUT, read_questions
 from bench.race import Plan, ask, interleave
 from bench.table import summary
 from bench.target import load_target
-from extras.auto import distance_of
+from extras.skipping import distance_of
 from model import KVCache
 from speculative import as_row, autoregressive, optimize
 

@@ -2,12 +2,9 @@
 
 Here it leaves them at their defaults.
 """
-from speculative import DRAFT_LENGTH, Clasp, require
-
-SHAPE = None
+from speculative import DRAFT_LENGTH, Clasp
 
 
 class Auto(Clasp):
     def __init__(self, model, draft_length=DRAFT_LENGTH, costs=None):
-        require(len(model.layers) > 1, "auto needs a model of at least two layers")
-        super().__init__(model, draft_length=draft_length)
+        super().__init__(model, draft_length=min(draft_length, DRAFT_LENGTH))

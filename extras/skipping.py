@@ -1,0 +1,244 @@
+"""Which layers to skip, and how far to draft without them: CLaSp without settings.
+
+The paper fixes M, K, the exit threshold and the interval by hand; set badly, they make decoding
+slower. But one run of the DP (dp_skip.py) holds the best set for *every* M, and with it how far its
+last state lies from the true one,
+
+    d(M) = |u - v|,  u and v the two states scaled to length 1:  d^2 = 2 (1 - cosine).
+
+On the models measured, the share of draft tokens that the whole model rejects is about d itself
+(see docs/auto.md). So, with s near 1 and learned from what was accepted,
+
+    a(M) = 1 - s d(M)       the chance that a drafted token is accepted
+    E = 1 + a + ... + a^k   tokens expected of a cycle that drafts k
+    T = k t(M) + v(k+1)     its time: k draft tokens at t(M) each, and a verify pass of k+1 rows
+
+and M and k are those of the largest E / T. If that is below one token in the time of a plain step,
+nothing is drafted. Now and then drafting is tried again: when what the attempt is expected to lose
+is at most TRIAL of the time that passed since. While drafting, each token's confidence sharpens the
+guess: with P the chance that all tokens so far are accepted, one more is worth its time if
+P a >= t(M) E / T, that is, if it brings more than the same time brings on average.
+"""
+import math
+from collections import defaultdict
+from functools import partial
+
+from torch import Tensor
+
+from dp_skip import select_layers
+from extras.worth import NOTHING, Costs, Ratio, best_choice
+from model import Llama
+from speculative import (
+    NO_DRAFT,
+    Draft,
+    Drafter,
+    Outcome,
+    Text,
+    draft_by_skipping,
+    optimize,
+    require_draft_length,
+)
+
+SLOPE = 0.9                   # s before anything is known: 0.7 and 1.0 on the models measured
+TRIAL = 0.01                  # of the time without drafts may go into trying whether they pay;
+                              # after n trials that failed, an n-th of it
+SHARE = 0.015                 # of the time, at most, may go into the DP
+FIRST_INTERVAL = 16           # cycles between runs of the DP to begin with, and their limits
+SHORTEST_INTERVAL = 8
+LONGEST_INTERVAL = 512
+NEAREST = 1e-2                # no distance counts as less: cosines are rounded
+
+
+class Skipping(Drafter):
+    """Drafts without as many layers, and as far, as gives the most tokens per second, if any do.
+
+    A part of ``Auto``, which decides when it drafts. One object may go from text to text.
+    """
+
+    def __init__(self, model: Llama, costs: Costs, draft_length: int):
+        """costs: of passes too, which Auto notes. draft_length: most tokens of a draft."""
+        require_draft_length(draft_length)
+        self.layers = len(model.layers)
+        self.draft_length = draft_length
+        self.costs = costs
+        self.rejections = Rejections()
+        self.sets: dict[int, frozenset[int]] = {}        # by budget, from the last run of the DP
+        self.distance: dict[int, float] = {}             # by budget: d
+        self.budget = 0                                  # the best M at present
+        self.choice = NOTHING                            # how far to draft, and what that brings
+        self.interval = FIRST_INTERVAL                   # cycles between runs of the DP
+        self.since = 0                                   # cycles since the last one
+        self.allowance = 0.0                             # time that may be lost by trials
+        self.failed = 0                                  # trials since drafts last paid
+        self.trying = False                              # is the next draft a trial?
+        self.confidences = []                            # at each token of the present draft
+        self.all_right = 1.0                             # chance that all its tokens are right
+
+    # ------------------------------------------------------------------ what Auto asks
+
+    def begin(self, text: Text, hidden: Tensor | None):
+        self.choose()
+        if hidden is not None and self.dp_is_due():
+            self.run_dp(text, hidden[:, -1:])
+
+    def beats(self, rate: float) -> bool:
+        """Should this draft, where something else has the rate? Yes, too, if it is to be tried."""
+        return self.trying or self.choice.rate > rate
+
+    def propose(self, text: Text, most: int) -> Draft:
+        self.confidences = []
+        self.all_right = 1.0
+        length = min(most, self.choice.length)
+        if length == 0:
+            return NO_DRAFT
+        skip = self.sets[self.budget]
+        self.report(text, skip)
+        return draft_by_skipping(text, skip, length, self.is_worth_another)
+
+    def observe(self, text: Text, outcome: Outcome):
+        seconds = outcome.seconds
+        if self.sets and self.since == 0:                # the DP ran before this cycle
+            self.costs.note("optimize", seconds["optimize"])
+        self.since += 1
+        if outcome.draft.source == "layers":
+            share = self.costs.share(self.budget / self.layers)
+            self.costs.note("draft", seconds["draft"] / len(outcome.draft.tokens), share)
+            self.trying = False
+            self.learn(outcome.accepted)
+            self.choose()
+        else:
+            self.allowance += TRIAL / max(1, self.failed) * self.costs.plain
+        if self.dp_is_due():
+            self.run_dp(text, outcome.hidden[:, -1:])
+
+    # ------------------------------------------------------------------ the choice
+
+    @property
+    def pays(self) -> bool:
+        """Does the choice promise at least plain decoding's rate?"""
+        return self.choice.rate * self.costs.plain >= 1
+
+    def choose(self):
+        """The budget and draft length of the highest expected rate."""
+        pass_times = self.costs.pass_times(self.draft_length)
+        self.choice = NOTHING
+        for budget in self.sets:
+            chances = [1 - self.rejection(budget)] * self.draft_length
+            choice = best_choice(chances, self.draft_time(budget), pass_times)
+            if choice.rate > self.choice.rate:
+                self.choice = choice
+                self.budget = budget
+
+    def rejection(self, budget: int) -> float:
+        return self.rejections.chance(budget, self.distance[budget])
+
+    def draft_time(self, budget: int) -> float:
+        return self.costs.time("draft") * self.costs.share(budget / self.layers)
+
+    def is_worth_another(self, confidence: float) -> bool:
+        """Is one more draft token worth its time, after one that the draft was so sure of?"""
+        budget = self.budget
+        distance = self.distance[budget]
+        self.confidences.append(confidence)
+        self.all_right *= 1 - self.rejections.chance_at(confidence, budget, distance)
+        gain = self.all_right * (1 - self.rejection(budget))
+        return gain >= self.draft_time(budget) * self.choice.rate
+
+    def learn(self, accepted: int):
+        """Tokens up to the first rejected one; those behind it say nothing."""
+        budget = self.budget
+        for i, confidence in enumerate(self.confidences[:accepted + 1]):
+            self.rejections.note(i == accepted, confidence, budget, self.distance[budget])
+
+    # ------------------------------------------------------------------ the DP
+
+    def dp_is_due(self) -> bool:
+        """Should the DP run before the next cycle? While drafts do not pay: for a trial of them."""
+        if not self.sets:
+            return self.layers > 1
+        if self.pays:
+            self.failed = 0
+            by_share = self.costs.time("optimize") / (SHARE * self.choice.seconds)
+            return self.since > max(self.interval, by_share)
+        expected_loss = self.choice.seconds * (1 - self.choice.rate * self.costs.plain)
+        expected_loss += self.costs.time("optimize")
+        self.trying = self.allowance >= expected_loss
+        if self.trying:
+            self.allowance -= expected_loss
+            self.failed += 1
+        return self.trying
+
+    def run_dp(self, text: Text, hidden: Tensor):
+        """Find the best sets of all budgets, or of those around the last choice; then choose."""
+        lowest = 1
+        highest = self.layers - 1
+        if self.pays:
+            reach = max(2, self.layers // 8)
+            lowest = max(lowest, self.budget - reach)
+            highest = min(highest, self.budget + reach)
+        select = partial(select_layers, smallest=lowest)
+        selection = optimize(text.model, text.cache, hidden, highest, select)
+
+        before = self.sets.get(self.budget)
+        self.sets = {len(skip): skip for skip in selection.skip_sets}
+        for budget, cosine in zip(self.sets, selection.cosines):
+            distance = distance_of(cosine)
+            self.distance[budget] = (distance + self.distance.get(budget, distance)) / 2
+        if before is not None:
+            self.adapt_interval(same=before == self.sets.get(self.budget))
+        self.since = 0
+        self.choose()
+        text.stats.optimizations += 1
+        self.report(text, self.sets[self.budget], anew=True)
+
+    def adapt_interval(self, same: bool):
+        """Rarer while the set stays, more often when it changes."""
+        if same:
+            self.interval = min(2 * self.interval, LONGEST_INTERVAL)
+        else:
+            self.interval = max(self.interval // 2, SHORTEST_INTERVAL)
+
+    def report(self, text: Text, skip: frozenset[int], anew: bool = False):
+        """Note the set in the statistics; it may change at any cycle, without a run of the DP."""
+        known = text.stats.skip_sets
+        if anew or not known or known[-1][1] != skip:
+            known.append((text.stats.new_tokens, skip))
+
+
+def distance_of(cosine: float) -> float:
+    """d; at its largest for a state that overflowed."""
+    if math.isnan(cosine):
+        return 2.0
+    return max(NEAREST, max(0.0, 2 - 2 * cosine) ** 0.5)
+
+
+class Rejections:
+    """How often a drafted token is rejected, learned as it comes; what is long past counts less."""
+
+    def __init__(self):
+        self.overall = Ratio()
+        self.by_budget = defaultdict(Ratio)
+        self.by_confidence = defaultdict(Ratio)          # in tenths
+
+    def chance(self, budget: int, distance: float) -> float:
+        """Before the token is known.
+
+        What is known of all budgets counts as 10 tokens of this one, the prior SLOPE as 3.
+        """
+        overall = self.overall.estimate(SLOPE, 3 * distance)
+        slope = self.by_budget[budget].estimate(overall, 10 * distance)
+        return min(1.0, slope * distance)
+
+    def chance_at(self, confidence: float, budget: int, distance: float) -> float:
+        """Once the draft's confidence at it is known; the chance before counts as 2 tokens."""
+        prior = self.chance(budget, distance) / distance
+        slope = self.by_confidence[tenths(confidence)].estimate(prior, 2 * distance)
+        return min(1.0, slope * distance)
+
+    def note(self, rejected: bool, confidence: float, budget: int, distance: float):
+        for ratio in (self.overall, self.by_budget[budget], self.by_confidence[tenths(confidence)]):
+            ratio.note(int(rejected), distance)
+
+
+def tenths(confidence: float) -> int:
+    return 0 if math.isnan(confidence) else min(int(10 * confidence), 9)
