@@ -249,7 +249,8 @@ class Decoder:
             return Lookup(self.draft_length)
         # When sampling, costs by the model's shape, not by the clock: a seed then fixes the text.
         costs = SHAPE if args.temperature > 0 else None
-        return Auto(self.model, self.draft_length, costs)
+        layers_pay = bool(suggested_settings(self.folder))
+        return Auto(self.model, self.draft_length, costs, layers_pay)
 
     @cached_property
     def exact_width(self) -> int | None:

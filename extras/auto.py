@@ -29,12 +29,19 @@ class Auto(Drafter):
     """
 
     def __init__(
-        self, model: Llama, draft_length: int = MOST, costs: dict[str, float] | None = None
+        self,
+        model: Llama,
+        draft_length: int = MOST,
+        costs: dict[str, float] | None = None,
+        layers_pay: bool = False,
     ):
-        """draft_length: most tokens of a draft. costs: fixed, see ``Costs``; None: measured."""
+        """draft_length: most tokens of a draft. costs: fixed, see ``Costs``; None: measured.
+
+        layers_pay: is it known that the model can spare some? Of large ones it is supposed.
+        """
         self.costs = Costs(model, costs)
         self.lookup = Lookup(draft_length)
-        self.skipping = Skipping(model, self.costs, draft_length)
+        self.skipping = Skipping(model, self.costs, draft_length, layers_pay)
 
     def begin(self, text: Text, hidden: Tensor | None):
         self.costs.one_shape = text.width is not None

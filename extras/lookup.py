@@ -4,27 +4,29 @@ No layer runs for such a draft, so it costs next to nothing, and it is right whe
 itself: names, quotations, code, a summary of what the prompt says. It is the shortest example of a
 drafter (see ``speculative.Drafter``): it knows nothing of the model, and is lossless all the same.
 
-How likely it is right follows from how many words are the same. With m the tokens that match, and
-a(m) the share of guesses after m that were right so far, a guess of several tokens is right in all
-with chance a(m) a(m+1) a(m+2) ..: each right token makes the match longer.
+How likely it is right follows from how many words are the same: with m tokens that match, the next
+one is right with chance a(m), the one after it with a(m+1), and so on, since each right token makes
+the match longer. The chances are learned as they come, by logistic regression: all together,
+
+    a(m) = sigmoid(s + s_m)
+
+where s tells how much this text and model repeat themselves, and s_m what a longer match is worth.
 """
-from collections import defaultdict
+import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from extras.worth import Ratio
 from speculative import Draft, Drafter, Outcome, Text, require_draft_length
 
 LONGEST = 8                   # tokens that are compared, at most
 MOST = 15                     # tokens of a draft, at most, if nothing else is said
 WORTH = 0.1                   # a token is drafted if it is right with this chance: a row's price
-# Of each length of match, 1 .. LONGEST: the share of guesses that is right, before any is seen, by
-# SmolLM2's answers to Spec-Bench (docs/auto.md). It counts as PRIOR_GUESSES guesses.
-PRIOR = (0.2, 0.45, 0.55, 0.65, 0.7, 0.75, 0.8, 0.9)
-PRIOR_GUESSES = 4
+PRIOR = (0.12, 0.35, 0.45, 0.5, 0.6, 0.65, 0.7, 0.85)    # a(1) .. a(8) of sampled answers; greedy
+                                                         # ones are learned without a draft
+RATE = 0.2                    # of learning s
+RATE_OF_EACH = 0.1            # of learning each s_m
 
 
 class Guess(NamedTuple):
@@ -40,7 +42,8 @@ class Lookup(Drafter):
         """draft_length: most tokens of a draft."""
         require_draft_length(draft_length)
         self.draft_length = draft_length
-        self.right = defaultdict(Ratio)                  # by length of match, kept between texts
+        self.shift = 0.0                                 # s; kept between texts, as these are
+        self.shifts = [math.log(p / (1 - p)) for p in PRIOR]         # s_1 .. s_8
 
     def begin(self, text: Text, hidden: Tensor | None):
         self.index = Index()
@@ -67,8 +70,8 @@ class Lookup(Drafter):
         return [self.chance(match + i) for i in range(len(self.guess.tokens))]
 
     def chance(self, match: int) -> float:
-        match = min(match, LONGEST)
-        return self.right[match].estimate(PRIOR[match - 1], PRIOR_GUESSES)
+        """a(match)"""
+        return 1 / (1 + math.exp(-self.shift - self.shifts[min(match, LONGEST) - 1]))
 
     def draft(self, text: Text, length: int) -> Draft:
         """The first tokens of the guess."""
@@ -81,9 +84,15 @@ class Lookup(Drafter):
         """Learn from the tokens that were written, whether they were drafted or not."""
         written = text.tokens[-(outcome.accepted + 1):]
         for i, (guessed, token) in enumerate(zip(self.guess.tokens, written)):
-            self.right[min(self.guess.match + i, LONGEST)].note(guessed == token)
+            self.learn(self.guess.match + i, guessed == token)
             if guessed != token:
                 break
+
+    def learn(self, match: int, right: bool):
+        """A step of logistic regression: how far off the chance was, to both of its parts."""
+        off = right - self.chance(match)
+        self.shift += RATE * off
+        self.shifts[min(match, LONGEST) - 1] += RATE_OF_EACH * off
 
 
 class Index:
@@ -120,7 +129,7 @@ class Index:
 
 
 def up_to_stop(tokens: list[int], stop) -> list[int]:
-    """Tokens up to the first stop token, which is kept."""
+    """What comes up to the first stop token, and that."""
     for i, token in enumerate(tokens):
         if token in stop:
             return tokens[:i + 1]
@@ -130,4 +139,5 @@ def up_to_stop(tokens: list[int], stop) -> list[int]:
 def one_hot(tokens: list[int], text: Text) -> Tensor:
     """The distributions of a draft that leaves nothing to chance: (k, vocabulary)."""
     ids = torch.tensor(tokens, dtype=torch.long, device=text.model.device)
-    return F.one_hot(ids, text.model.config.vocab_size).float()
+    q = torch.zeros(len(tokens), text.model.config.vocab_size, device=text.model.device)
+    return q.scatter_(1, ids[:, None], 1.0)

@@ -40,8 +40,10 @@ from speculative import (
 )
 
 SLOPE = 0.9                   # s before anything is known: 0.7 and 1.0 on the models measured
-TRIAL = 0.01                  # of the time without drafts may go into trying whether they pay;
-                              # after n trials that failed, an n-th of it
+TRIAL = 0.04                  # of the time without drafts may be lost by trying whether they pay;
+                              # after one trial that failed half of it, after two a third, and so on
+LARGE = 10 ** 9               # weights from which on layers are skipped at once; small models can
+                              # seldom spare one
 SHARE = 0.015                 # of the time, at most, may go into the DP
 FIRST_INTERVAL = 16           # cycles between runs of the DP to begin with, and their limits
 SHORTEST_INTERVAL = 8
@@ -55,10 +57,14 @@ class Skipping(Drafter):
     A part of ``Auto``, which decides when it drafts. One object may go from text to text.
     """
 
-    def __init__(self, model: Llama, costs: Costs, draft_length: int):
-        """costs: of passes too, which Auto notes. draft_length: most tokens of a draft."""
+    def __init__(self, model: Llama, costs: Costs, draft_length: int, layers_pay: bool = False):
+        """costs: of passes too, which Auto notes. draft_length: most tokens of a draft.
+
+        layers_pay: run the DP at once, and not first after many steps, as a trial.
+        """
         require_draft_length(draft_length)
         self.layers = len(model.layers)
+        self.hopeful = layers_pay or self.layers * model.config.layer_weights >= LARGE
         self.draft_length = draft_length
         self.costs = costs
         self.rejections = Rejections()
@@ -107,7 +113,7 @@ class Skipping(Drafter):
             self.learn(outcome.accepted)
             self.choose()
         else:
-            self.allowance += TRIAL / max(1, self.failed) * self.costs.plain
+            self.allowance += TRIAL / (1 + self.failed) * self.costs.plain
         if self.dp_is_due():
             self.run_dp(text, outcome.hidden[:, -1:])
 
@@ -154,19 +160,27 @@ class Skipping(Drafter):
 
     def dp_is_due(self) -> bool:
         """Should the DP run before the next cycle? While drafts do not pay: for a trial of them."""
-        if not self.sets:
-            return self.layers > 1
+        if self.layers == 1:
+            return False
+        if self.hopeful and not self.sets:
+            return True
         if self.pays:
             self.failed = 0
             by_share = self.costs.time("optimize") / (SHARE * self.choice.seconds)
             return self.since > max(self.interval, by_share)
-        expected_loss = self.choice.seconds * (1 - self.choice.rate * self.costs.plain)
-        expected_loss += self.costs.time("optimize")
+        expected_loss = self.costs.time("optimize") + self.loss_of_a_draft
         self.trying = self.allowance >= expected_loss
         if self.trying:
             self.allowance -= expected_loss
             self.failed += 1
         return self.trying
+
+    @property
+    def loss_of_a_draft(self) -> float:
+        """The time by which a cycle takes longer than plain steps for as many tokens."""
+        if not self.sets:                                # nothing is known yet
+            return self.costs.plain
+        return self.choice.seconds - self.choice.tokens * self.costs.plain
 
     def run_dp(self, text: Text, hidden: Tensor):
         """Find the best sets of all budgets, or of those around the last choice; then choose."""

@@ -14,7 +14,7 @@ from model import Llama
 
 # Times in plain steps, before any is measured. "draft" is a token with nothing skipped, "verify" a
 # pass of VERIFY_ROWS rows.
-SHAPE = {"draft": 1.0, "plain": 1.0, "verify": 1.2, "optimize": 1.5}
+SHAPE = {"draft": 1.0, "plain": 1.0, "verify": 1.2, "optimize": 2.5}
 VERIFY_ROWS = 5
 RECENT = 9                    # measurements that tell how fast the machine is now
 FIRST_STEP = 0.25             # by which what is typical moves at its first measurement; at the n-th

@@ -1,5 +1,6 @@
 """auto.py: whatever it decides, the text is the whole model's; and what it decides is worth it."""
 import json
+import math
 
 import pytest
 from conftest import at_length, random_model, same_bits, tokens_of, valid, width_for
@@ -113,14 +114,14 @@ def test_fixed_costs_make_a_seed_give_the_same_text_again():
 def sources(tokens: list[int], costs: dict, layers_right: float, words_right: float) -> str:
     """Who drafts after these tokens, if that share of each one's drafts is thought to be right."""
     model = agreeable()
-    auto = Auto(model, 4, costs)
+    auto = Auto(model, 4, costs, layers_pay=True)
     text, hidden = new_text(model, tokens, 20)
     auto.begin(text, hidden)
     auto.skipping.distance = dict.fromkeys(auto.skipping.sets, 1.0)
     for budget in auto.skipping.sets:
         auto.skipping.rejections.by_budget[budget].note(1e6 * (1 - layers_right), 1e6)
-    for match in range(1, LONGEST + 1):
-        auto.lookup.right[match].note(1e6 * words_right, 1e6)
+    auto.lookup.shift = 0.0
+    auto.lookup.shifts = [math.log(words_right / (1 - words_right))] * LONGEST
     auto.skipping.choose()
     draft = auto.propose(text, 8)
     return draft.source if draft.tokens else "nothing"
@@ -166,14 +167,14 @@ def test_a_model_of_one_layer_is_drafted_for_by_lookup_alone():
 
 def test_lookup_learns_while_layers_draft_and_costs_are_learned_from_both():
     model = agreeable()
-    auto = Auto(model, 4)
+    auto = Auto(model, 4, layers_pay=True)
     text, hidden = new_text(model, AGAIN, 20)
     auto.begin(text, hidden)
     auto.propose(text, 4)
     outcome = Outcome(Draft([4, 5], [None, None], "layers"), 2, hidden, LAPS)
     text.tokens += [4, 5, 1]
     auto.observe(text, outcome)
-    assert auto.lookup.right[4].part == 1
+    assert auto.lookup.shift > 0
     assert auto.costs.measured == {"draft": 1, "optimize": 1, 3: 1}
 
 
@@ -184,8 +185,8 @@ def autos(monkeypatch) -> list[tuple[Auto, dict | None]]:
     """Each Auto that generate.py makes, and the costs that it was given; drafts pay for all."""
     made = []
 
-    def new_auto(model, draft_length, costs):
-        auto = Auto(model, draft_length, DRAFTS_FREE)
+    def new_auto(model, draft_length, costs, layers_pay):
+        auto = Auto(model, draft_length, DRAFTS_FREE, layers_pay=True)
         made.append((auto, costs))
         return auto
 
@@ -294,7 +295,7 @@ def test_auto_is_exact_only_where_that_is_asked_for(capsys, silent_folder, autos
 
 
 def test_a_text_without_drafts_says_so(capsys, monkeypatch):
-    def hopeless(model, draft_length, costs):
+    def hopeless(model, draft_length, costs, layers_pay):
         return Auto(model, draft_length, HOPELESS)
 
     monkeypatch.setattr(generate, "Auto", hopeless)

@@ -1,4 +1,7 @@
 """extras/lookup.py: drafts what followed the same words before, and never changes the text."""
+import math
+import random
+
 import pytest
 import torch
 from conftest import DEVICE, at_length, random_model, same_bits, tokens_of, valid, width_for
@@ -21,8 +24,7 @@ def new_text(tokens: list[int], temperature=0.0, stop=()) -> Text:
 
 def sure(lookup: Lookup) -> Lookup:
     """As if all its guesses had been right so far."""
-    for match in range(1, LONGEST + 1):
-        lookup.right[match].note(1e6, 1e6)
+    lookup.shift = 20.0
     return lookup
 
 
@@ -113,12 +115,11 @@ def test_it_drafts_as_long_as_all_are_likely_right():
     chances = (0.1, 0.8, 0.5, 0.9, 0.2, 0.9, 0.9, 0.9)
     text = new_text([1, 2, 3, 4, 5, 6, 7, 1, 2])
     lookup = Lookup(9)
-    for match, chance in enumerate(chances, 1):
-        lookup.right[match].note(1e6 * chance, 1e6)
+    lookup.shifts = [math.log(chance / (1 - chance)) for chance in chances]
     lookup.begin(text, None)
     lookup.look(text, 9)
     expected = [*chances[1:], 0.9, 0.9]
-    assert lookup.chances() == pytest.approx(expected, abs=1e-4)
+    assert lookup.chances() == pytest.approx(expected)
     assert 0.8 * 0.5 * 0.9 > WORTH > 0.8 * 0.5 * 0.9 * 0.2
     assert lookup.propose(text, 9).tokens == [3, 4, 5]
 
@@ -135,10 +136,35 @@ def test_it_learns_from_what_is_written_whether_drafted_or_not(written, right):
     lookup = Lookup()
     lookup.begin(text, None)
     lookup.look(text, 9)
+    learned = {}
+    lookup.learn = learned.__setitem__
     text.tokens.extend(written)
     lookup.observe(text, Outcome(NO_DRAFT, len(written) - 1, None, {}))
-    assert {match: ratio.part for match, ratio in lookup.right.items()} == right
-    assert all(ratio.whole == 1 for ratio in lookup.right.values())
+    assert learned == right
+
+
+def test_chances_become_the_shares_that_are_right():
+    chance = random.Random(0)
+    true = {1: 0.1, 2: 0.3, 5: 0.9, 8: 0.97}
+    lookup = Lookup()
+    tail = {match: [] for match in true}
+    for i in range(20000):
+        match = chance.choice(list(true))
+        lookup.learn(match, chance.random() < true[match])
+        if i > 2000:
+            tail[match].append(lookup.chance(match))
+    for match, chances in tail.items():
+        assert sum(chances) / len(chances) == pytest.approx(true[match], abs=0.03)
+
+
+def test_what_is_seen_of_one_length_tells_of_the_others():
+    """A text that never repeats itself: longer matches are trusted less, before there are any."""
+    lookup = Lookup()
+    before = lookup.chance(5)
+    for _ in range(30):
+        lookup.learn(1, False)
+    assert lookup.chance(1) < 0.1
+    assert lookup.chance(1) < lookup.chance(5) < before
 
 
 def test_what_it_learned_counts_in_the_next_text():
@@ -149,7 +175,7 @@ def test_what_it_learned_counts_in_the_next_text():
         lookup = Lookup()
         for _ in range(20):
             for match in range(2, LONGEST + 1):
-                lookup.right[match].note(right)
+                lookup.learn(match, bool(right))
         text = new_text(tokens)
         lookup.begin(text, None)
         lengths[right] = len(lookup.propose(text, 9).tokens)

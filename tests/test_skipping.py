@@ -26,9 +26,9 @@ class Blind(Lookup):
         pass
 
 
-def blind(model, draft_length=4, costs=None) -> Auto:
+def blind(model, draft_length=4, costs=None, layers_pay=True) -> Auto:
     """An Auto that can only skip layers."""
-    auto = Auto(model, draft_length, costs)
+    auto = Auto(model, draft_length, costs, layers_pay)
     auto.lookup = Blind()
     return auto
 
@@ -84,7 +84,7 @@ def test_a_text_that_becomes_easy_is_noticed():
     for ratio in (rejections.overall, *(rejections.by_budget[m] for m in range(1, 6))):
         ratio.note(10, 0.1)
     stats = write(model, auto, 1000)
-    assert not any(stats.from_draft[:20])
+    assert not any(stats.from_draft[:10])
     assert sum(stats.from_draft[-200:]) > 100
 
 
@@ -94,6 +94,24 @@ def test_many_short_texts_do_not_each_try():
         auto = blind(model, costs=HOPELESS)
         runs = sum(write(model, auto, count).optimizations for _ in range(40))
         assert runs <= 2
+
+
+def test_of_a_small_model_nothing_is_expected_until_it_is_tried():
+    """Unless it is known to spare layers. Trials become rarer while they fail."""
+    sets = []
+    for layers_pay in (True, False):
+        model = random_model(residual=1.0, context=2048)
+        stats = write(model, blind(model, 1, HOPELESS, layers_pay), 1500)
+        sets.append([at for at, _ in stats.skip_sets])
+    assert sets[0][0] == 0 < 50 < sets[1][0]
+    gaps = [b - a for a, b in zip(sets[1], sets[1][1:])]
+    assert len(gaps) > 1 and gaps == sorted(gaps)
+
+
+def test_of_a_large_model_much_is_expected(monkeypatch):
+    monkeypatch.setattr(extras.skipping, "LARGE", 1000)
+    model = random_model()
+    assert write(model, blind(model, layers_pay=False), 1).optimizations == 1
 
 
 def new_draft(auto: Auto, confidences: list[float]) -> list[bool]:
