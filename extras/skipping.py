@@ -40,7 +40,7 @@ from speculative import (
 )
 
 SLOPE = 0.9                   # s before anything is known: 0.7 and 1.0 on the models measured
-TRIAL = 0.04                  # of the time without drafts may be lost by trying whether they pay;
+TRIAL = 0.02                  # of the time without drafts may be lost by trying whether they pay;
                               # after one trial that failed half of it, after two a third, and so on
 LARGE = 10 ** 9               # weights from which on layers are skipped at once; small models can
                               # seldom spare one
