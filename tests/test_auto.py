@@ -154,7 +154,7 @@ def test_a_text_that_is_copied_is_drafted_at_full_length():
 def test_both_sources_may_draft_in_one_text():
     """By layers until the text goes in circles, then by looking up."""
     model = agreeable()
-    stats = write(model, Auto(model, 4, CHEAP), 200)
+    stats = write(model, Auto(model, 4, CHEAP, layers_pay=True), 200)
     assert {"layers", "lookup", ""} <= set(stats.sources)
 
 
