@@ -15,12 +15,12 @@ import weakref
 import torch
 from torch import Tensor
 
-from extras.packed import LONG_BFLOAT16, LONG_FLOAT32
 from model import BLOCK, KVCache, Llama, rope_table
 from speculative import full_pass, prefill
 
 # What exact_width found, by model and then by (rows, slots in a block, threads).
 KNOWN_WIDTHS = weakref.WeakKeyDictionary()
+LONG = (1024, 4096)           # slots from which on attention has another form (packed.py)
 TRIED = 8                     # widths that are tried before giving up
 ATTENTION_TRIALS = 16         # random queries for each of the trials below
 TRIALS = 6                    # random rows and caches in float32
@@ -48,9 +48,7 @@ def is_even(model: Llama, width: int) -> bool:
     random = torch.Generator().manual_seed(0)
     in_float32 = model.embed.weight.dtype == torch.float32
     sizes = [BLOCK, 2 * BLOCK, 3 * BLOCK]
-    for slots in (LONG_BFLOAT16, LONG_FLOAT32):          # from which on attention has another form
-        if slots <= model.config.max_position_embeddings:
-            sizes.append(slots)
+    sizes += [slots for slots in LONG if slots <= model.config.max_position_embeddings]
     for trial in range(TRIALS if in_float32 else TRIALS_16_BITS):
         slots = sizes[trial % len(sizes)]
         for rows in results_of_equal_rows(model, width, slots, random):

@@ -18,6 +18,8 @@ from conftest import (
 )
 from enumeration import NUCLEUS, PROMPT, Enumerated
 
+import extras.exact
+import extras.packed
 import speculative
 from checkpoint import BUNDLED, load_model
 from extras.exact import exact_width, is_even, passes_agree
@@ -326,3 +328,8 @@ def test_a_drafted_token_that_overflows_leaves_the_distribution_of_samples(width
     assert len(expected) > 8
     for text in expected | got:
         assert got[text] == pytest.approx(expected[text], abs=error)
+
+
+def test_each_form_of_attention_is_asked():
+    longs = {extras.packed.LONG_BFLOAT16, extras.packed.LONG_FLOAT32}
+    assert set(extras.exact.LONG) == longs
