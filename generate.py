@@ -434,14 +434,8 @@ def require_trace(args: argparse.Namespace):
 def write_trace(decoder: "Decoder", tokenizer: Tokenizer, plain_ends: list[float]):
     args = decoder.args
     weight = decoder.model.embed.weight
-    about = {
-        "model": Path(args.model).name,
-        "drafter": decoder.drafts_by,
-        "temperature": args.temperature,
-        "seed": args.seed,
-        "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": weight.device.type,
-    }
+    about = (f"{Path(args.model).name}, drafter {decoder.drafts_by}, temperature "
+             f"{args.temperature}, {str(weight.dtype).removeprefix('torch.')} on {weight.device}")
     found = record(decoder.drafter, tokenizer, plain_ends, about)
     Path(args.trace).write_text(page(found), encoding="utf-8")
     say(f"the run is shown in {args.trace}: open it in a browser")

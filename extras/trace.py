@@ -129,11 +129,11 @@ class Traced(Drafter):
 # ---------------------------------------------------------------------------- after the text
 
 @torch.inference_mode()
-def record(traced: Traced, tokenizer, plain: list[float], about: dict) -> dict:
+def record(traced: Traced, tokenizer, plain: list[float], about: str) -> dict:
     """All that the page shows, as JSON. This spoils the cache: call it when the text is done.
 
     plain: seconds from its begin until plain decoding had each token; [] if it was not timed.
-    about: what else to say of the run, by name. tokenizer: see checkpoint.Tokenizer.
+    about: what the page says of the run. tokenizer: see checkpoint.Tokenizer.
     """
     text = traced.text
     prompt, new = text.tokens[:-text.stats.new_tokens], text.stats.tokens
