@@ -40,10 +40,12 @@ def recorded(model, tokenizer, drafter, **settings):
 
 
 def drafters(model):
+    auto = Auto(model)
+    auto.skipping.hopeful = True                       # so that it runs the DP at once
     return {
         "the paper's": Clasp(model, 12, 4, opt_interval=4, opt_tokens=1),
         "several tokens": Clasp(model, 12, 4, opt_interval=4, opt_tokens=4),
-        "auto": Auto(model),
+        "auto": auto,
     }
 
 
