@@ -28,6 +28,7 @@ from extras.auto import Auto
 from extras.exact import exact_width
 from extras.lookup import MOST, Lookup
 from extras.packed import pack
+from extras.trace import Traced, page, record
 from extras.worth import SHAPE
 from model import KVCache, Llama, ModelError
 from speculative import (
@@ -137,6 +138,8 @@ def add_output_arguments(parser: Parser):
     add("--show-drafts", action="store_true", help="colour each token by who wrote it")
     add("--show-skips", action="store_true",
         help="print the layers skipped after each optimisation")
+    add("--trace", metavar="FILE.html",
+        help="write a page that shows the run: drafts, times, layers and the DP's tables")
     add("--json", action="store_true",
         help="one JSON object on standard output instead of text")
 
@@ -417,16 +420,39 @@ def as_json(decoder: "Decoder", prompt: list[int], text: str, stats: Stats) -> d
     }
 
 
+def require_trace(args: argparse.Namespace):
+    """Refuse --trace where it cannot be, before anything is decoded."""
+    if args.trace is None:
+        return
+    require(args.method == "clasp", "--trace shows drafts, and --method autoregressive has none")
+    path = Path(args.trace)
+    require(path.suffix == ".html", f"--trace writes a page: {args.trace!r} should end in .html")
+    require(path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK),
+            f"cannot write --trace {args.trace}: no such folder, or it is not writable")
+
+
+def write_trace(decoder: "Decoder", tokenizer: Tokenizer, plain_ends: list[float]):
+    args = decoder.args
+    weight = decoder.model.embed.weight
+    about = (f"{Path(args.model).name}, drafter {decoder.drafts_by}, temperature "
+             f"{args.temperature}, {str(weight.dtype).removeprefix('torch.')} on {weight.device}")
+    found = record(decoder.drafter, tokenizer, plain_ends, about)
+    Path(args.trace).write_text(page(found), encoding="utf-8")
+    say(f"the run is shown in {args.trace}: open it in a browser")
+
+
 # ---------------------------------------------------------------------------- comparing
 
-def compare(decoder: Decoder, prompt: list[int], stats: Stats) -> dict:
+def compare(decoder: Decoder, prompt: list[int], stats: Stats, ends: list[float]) -> dict:
     """Decode plainly, one row a pass, and report it beside ``stats``; returns what --json says.
 
     Greedy tokens that differ are looked into, see ``explain_difference``.
+    ends: to be filled with the seconds until each token was there.
     """
     plain = Stats()
     cache = KVCache(decoder.model, len(prompt) + decoder.args.max_new_tokens)
-    list(decoder.plain(prompt, plain, cache=cache))
+    for _ in decoder.plain(prompt, plain, cache=cache):
+        ends.append(plain.seconds)
     speedup = stats.tokens_per_second / plain.tokens_per_second
     identical = stats.tokens == plain.tokens
     verdict = "yes"
@@ -486,6 +512,7 @@ def run(args: argparse.Namespace) -> int:
     device, dtype = choose_device(args.device, args.dtype)
     require(device.type == "cuda" or not args.cuda_graphs,
             f"--cuda-graphs needs an NVIDIA GPU, and the device is {device}")
+    require_trace(args)
     folder = find_folder(args.model)
     tokenizer = Tokenizer(folder)
     prompt = tokenizer.encode(prompt_text, args.chat)
@@ -495,18 +522,23 @@ def run(args: argparse.Namespace) -> int:
         say("not exact: kernels here round differently by a row's place, whatever the pass's width")
     if args.compare:
         decoder.warm_up(prompt)
+    if args.trace:
+        decoder.drafter = Traced(decoder.drafter)
 
     stats = Stats()
+    plain_ends = []
     pieces = tokenizer.stream(prompt, decoder.write(prompt, stats))
     text, interrupted = write_text(args, prompt_text, pieces, stats)
     report(args, stats, len(model.layers))
     comparison = {}
     if args.compare and not interrupted:
         try:
-            comparison = compare(decoder, prompt, stats)
+            comparison = compare(decoder, prompt, stats, plain_ends)
         except KeyboardInterrupt:                      # the text is there all the same
             say("interrupted")
             interrupted = True
+    if args.trace and stats.tokens:
+        write_trace(decoder, tokenizer, plain_ends)
     if args.json:
         print(json.dumps(as_json(decoder, prompt, text, stats) | comparison), flush=True)
     return 130 if interrupted else 0
