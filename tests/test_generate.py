@@ -249,7 +249,7 @@ def test_the_gap_is_that_of_the_two_likeliest_tokens_where_the_texts_part(bundle
     plain = list(autoregressive(bundled, prompt, 8))
     args = arguments(["--max-new-tokens", "8", *GREEDY, "--no-exact"])
     stats = Stats(verify_seconds=1.0, tokens=[*plain[:6], plain[6] + 1, plain[7]])
-    out = generate.compare(Decoder(args, BUNDLED, bundled, set()), prompt, stats)
+    out = generate.compare(Decoder(args, BUNDLED, bundled, set()), prompt, stats, [])
     states = bundled(torch.tensor([[*prompt, *plain[:6]]], device=bundled.device))
     first, second = bundled.logits(states[-1])[0, -1].topk(2).values.tolist()
     assert out["difference"]["new_token"] == 6
