@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 128          # slots: the cache has whole blocks of them, and exact passes see whole blocks
+ALIGNED = 8          # rows of masks begin at multiples of so many: GPUs' kernels copy others first
 
 
 class ModelError(Exception):
@@ -196,7 +197,7 @@ class KVCache:
         weight = model.embed.weight
         self.tokens = whole_blocks(tokens)
         self.rows = max(rows, c.num_hidden_layers)
-        capacity = self.tokens + self.rows
+        capacity = round_up(self.tokens + self.rows, ALIGNED)
         self.slots = weight.new_zeros(
             2, c.num_hidden_layers, 1, c.num_key_value_heads, capacity, c.head_dim)
         self.keys = self.slots[0].unbind()               # by layer: (1, kv_heads, slots, head_dim)
@@ -225,7 +226,12 @@ def storable(x: Tensor) -> Tensor:
 
 def whole_blocks(slots: int) -> int:
     """The least multiple of BLOCK that is at least ``slots``."""
-    return -(-slots // BLOCK) * BLOCK
+    return round_up(slots, BLOCK)
+
+
+def round_up(count: int, step: int) -> int:
+    """The least multiple of ``step`` that is at least ``count``."""
+    return -(-count // step) * step
 
 
 class Llama(nn.Module):
@@ -317,7 +323,7 @@ class Llama(nn.Module):
         position = torch.arange(n - tokens, n, device=self.device).repeat(count)      # of each row
         cos, sin = cache.cos[position], cache.sin[position]               # (rows, head_dim)
         before = torch.arange(n, device=self.device) < position[:, None]
-        mask = torch.full((rows, n + rows), -torch.inf, dtype=cos.dtype, device=self.device)
+        mask = masked(rows, n + rows, cos)
         mask[:, :n].masked_fill_(before, 0)
         mask[:, n:].fill_diagonal_(0)
 
@@ -333,5 +339,9 @@ class Llama(nn.Module):
 
 def causal_mask(start: int, rows: int, slots: int, x: Tensor) -> Tensor:
     """(rows, slots): row r, which lies in slot start + r, sees the slots up to its own."""
-    mask = torch.full((rows, slots), -torch.inf, dtype=x.dtype, device=x.device)
-    return mask.triu(start + 1)
+    return masked(rows, slots, x).triu_(start + 1)
+
+
+def masked(rows: int, slots: int, x: Tensor) -> Tensor:
+    """(rows, slots) of -inf, in x's dtype and on its device."""
+    return x.new_full((rows, round_up(slots, ALIGNED)), -torch.inf)[:, :slots]

@@ -502,24 +502,29 @@ def draft_by_skipping(
 ) -> Draft:
     """Up to ``most`` tokens by the model without the layers in ``skip``, one row a pass.
 
-    It ends after a stop token, and after one at which ``go_on(confidence)`` is false. The
-    confidence is the draft model's top probability there (NaN if the layers run overflow).
+    It ends after a token at which ``go_on(confidence)`` is false. The confidence is the draft
+    model's top probability there (NaN if the layers run overflow).
+
+    A token goes from one pass to the next on the device, and all are read at the end: a GPU is not
+    waited for in between, unless ``go_on`` asks. So what was drafted after a stop token is cut off.
+    Nothing is lost by it: if that token is accepted the text has ended.
     """
     model = text.model
-    token = text.tokens[-1]
-    tokens = []
+    row = as_row(model, text.tokens[-1:])                             # (1, 1)
+    drawn = []
     distributions = []
-    while len(tokens) < most:
-        states = model(as_row(model, [token]), text.cache, skip)
+    while len(drawn) < most:
+        states = model(row, text.cache, skip)
         logits = model.logits(states[-1])[0, 0]                       # (vocabulary,)
-        drawn, q = text.choose(logits)
-        token = int(drawn)
-        tokens.append(token)
+        token, q = text.choose(logits)
+        drawn.append(token)
         distributions.append(q)
-        sure = go_on is None or go_on(logits.float().softmax(-1).max().item())
-        if token in text.stop or not sure:
+        row = token.view(1, 1)
+        if go_on and not go_on(logits.float().softmax(-1).max().item()):
             break
-    return Draft(tokens, distributions, source="layers")
+    tokens = torch.stack(drawn).tolist() if drawn else []
+    end = next((i + 1 for i, token in enumerate(tokens) if token in text.stop), len(tokens))
+    return Draft(tokens[:end], distributions[:end], source="layers")
 
 
 # ---------------------------------------------------------------------------- acceptance

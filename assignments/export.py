@@ -34,6 +34,7 @@ KEPT_BACK = {"extras.cuda_graphs"}
 # problem that they give away, and what goes in their place. Decoding is right with it, and slower.
 STAND_INS = {
     "extras.packed": (1, HERE / "stand_ins" / "packed.py"),
+    "extras.attention": (1, HERE / "stand_ins" / "attention.py"),
     "extras.auto": (6, HERE / "stand_ins" / "auto.py"),
     "extras.lookup": (6, HERE / "stand_ins" / "lookup.py"),
 }

@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from extras.packed import attend_folded
+from extras.attention import attend_by, choose
 from model import BLOCK, KVCache, Llama, storable, whole_blocks
 
 FEW = 16                      # rows; passes of more, the prompt's, run without graphs
@@ -125,8 +125,8 @@ class GraphedLlama:
 
     Graphs are captured when first needed, which takes as long as some passes do: time a second
     text, not the first. Hidden states and logits that come from a graph hold until the next pass of
-    as many rows. The layers of the wrapped model take ``packed.folded_attention`` from now on. A
-    new cache gets the memory, and so the graphs, of one that is gone and was as large.
+    as many rows. The layers of the wrapped model take the form of attention for its device from now
+    on. A new cache gets the memory, and so the graphs, of one that is gone and was as large.
     """
 
     def __init__(self, model: Llama):
@@ -139,7 +139,7 @@ class GraphedLlama:
         self.captures = 0
         self.in_use = weakref.WeakKeyDictionary()        # by cache: CacheMemory
         self.empty = []                                  # that of caches which are gone
-        attend_folded(model)
+        attend_by(model, choose(model))
         if self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)
             self.pool = torch.cuda.graph_pool_handle()
@@ -184,6 +184,7 @@ class GraphedLlama:
         at.head()
         return at.logits
 
+    @torch.inference_mode()
     def candidate_layer(
         self, cache: KVCache, count: int, tokens: int = 1
     ) -> Callable[[int, Tensor], Tensor]:
@@ -195,6 +196,7 @@ class GraphedLlama:
         position = torch.arange(n - tokens, n, device=self.device).repeat(max(count, 1))
         current = self.begin(cache, len(position), n + len(position), position=position)
 
+        @torch.inference_mode()
         def layer(i: int, candidates: Tensor) -> Tensor:
             x = current.at.x[0]
             given = candidates.flatten(end_dim=-2)

@@ -14,29 +14,26 @@ Remedies, with their measurements in docs/speed.md:
   some 20 us a call shows, stay as they are but stand on the left: MKL computes (W x^T)^T up to
   twice as fast as x W^T.
 
-All that is not on an x86 CPU stays with nn.Linear. Attention is exchanged, on CPUs and on CUDA.
+All that is not on an x86 CPU stays with nn.Linear. Attention is exchanged too (attention.py).
 
 Read ``pack`` first.
 """
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import DecoderLayer, Llama, ModelError, RMSNorm, attention
+from extras.attention import attend_by, choose
+from model import DecoderLayer, Llama, ModelError, RMSNorm
 
 LARGE = 2 ** 18               # numbers in a float32 matrix from which on oneDNN is faster than MKL
 FEW = 12                      # rows up to which MKL is faster with the weight on the left
 THREADED = 3 * 2 ** 18        # numbers in a matrix from which on threads are worth their start
 ROUNDED = 2.0 ** -19          # of a row's largest weight: what float16 may round away
 ROW_EXPONENT = 14             # rows that are scaled have their largest weight in 2^14 .. 2^15
-LONG_FLOAT32 = 4096           # slots from which on attention is written out, in either dtype
-LONG_BFLOAT16 = 1024
-FEW_ROWS = 32                 # up to so many rows
 CHUNK = 4096                  # rows looked at together, so that no large matrix is held thrice
 SLOW_TO_PACK = 2 ** 27        # numbers in the embedding, from which on packing shows its progress
 MATRICES = ("qkv", "o", "gate_up", "down")               # of a layer
@@ -49,17 +46,14 @@ def pack(model: Llama) -> Llama:
     the embedding.
     """
     device = model.embed.weight.device.type
-    if device == "cuda":
-        attend_folded(model)
     on_x86 = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    if device == "cuda" or (device == "cpu" and on_x86):
+        attend_by(model, choose(model))
     if device != "cpu" or not on_x86:
         return model
     faster = choose_products(model.embed.weight.dtype)
 
-    attend = choose_attention(model.embed.weight.dtype)
-
     def pack_layer(layer: DecoderLayer):
-        layer.attend = attend
         for name in MATRICES:
             setattr(layer, name, faster(getattr(layer, name)))
         layer.attention_norm = QuickNorm(layer.attention_norm)
@@ -211,93 +205,6 @@ class QuickNorm(nn.Module):
         wide = x.float()
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         return (wide / torch.hypot(length, self.small) * self.weight).to(x.dtype)
-
-
-# ---------------------------------------------------------------------------- forms of attention
-
-def choose_attention(dtype: torch.dtype) -> Callable:
-    """The fastest form of model.attention on this CPU, as measured (docs/speed.md)."""
-    if dtype == torch.float16:
-        return widened_attention
-    if dtype == torch.float32:
-        return partial(by_length, folded_if_several, LONG_FLOAT32)
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return partial(by_length, folded_attention, LONG_BFLOAT16)
-    return folded_attention
-
-
-def by_length(
-    short: Callable, long: int, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> Tensor:
-    """``short``, or from ``long`` slots on, for a few rows, ``long_attention``."""
-    rows = q.shape[2]
-    causal = mask is None and rows > 1
-    if k.shape[2] < long or rows > FEW_ROWS or causal:
-        return short(q, k, v, mask)
-    return long_attention(q, k, v, mask)
-
-
-def folded_if_several(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """In float32 folding pays from two rows on."""
-    attend = attention if q.shape[2] == 1 else folded_attention
-    return attend(q, k, v, mask)
-
-
-def widened_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """In float32, for which a CPU has fast kernels, and for float16 none."""
-    wide = None if mask is None else mask.float()
-    return attention(q.float(), k.float(), v.float(), wide).to(q.dtype)
-
-
-def folded_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """For kernels that are slow with query groups: CUDA's, which take no mask then, and bfloat16's.
-
-    The heads of a group become rows of one head, so nothing is repeated but the mask, which may
-    come so already.
-    """
-    rows = q.shape[2]
-    if mask is None and rows > 1:                        # causal from slot 0: has a kernel
-        return attention(q, k, v, mask)
-    batch, kv_heads = k.shape[:2]
-    groups = q.shape[1] // kv_heads
-    if mask is not None and len(mask) < groups * rows:
-        mask = mask.repeat(groups, 1)
-    folded = q.reshape(batch, kv_heads, groups * rows, -1)
-    return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask).reshape(q.shape)
-
-
-def long_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Folded as above, and written out, for many slots: oneDNN's products read them fastest.
-
-    With r = groups * rows: scores (kv_heads, r, slots) = (k q^T)^T / sqrt(head_dim) + mask.
-    """
-    kv_heads, slots, head_dim = k.shape[1:]
-    rows = q.shape[2]
-    folded = (q[0] * head_dim ** -0.5).reshape(kv_heads, -1, head_dim)           # (kv_heads, r, .)
-    scores = by_transposed(k[0], folded).transpose(1, 2).contiguous()
-    if mask is not None:
-        scores.view(kv_heads, -1, rows, slots).add_(mask)
-    return by_transposed(scores.softmax(-1), v[0].transpose(1, 2)).reshape(q.shape)
-
-
-def by_transposed(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T for each head. a (heads, m, n), b (heads, k, n) -> (heads, m, k)."""
-    if a.dtype != torch.float32:
-        return torch.bmm(a, b.transpose(1, 2))           # by oneDNN
-    multiply = torch.ops.mkldnn._linear_pointwise        # torch.bmm would take MKL
-    return torch.stack([multiply(x, y, None, "none", [], "") for x, y in zip(a, b)])
-
-
-def attend_folded(model: Llama):
-    """Let all layers take ``folded_attention``; and no attention of cuDNN's, in this whole process.
-
-    PyTorch prefers cuDNN's on some GPUs, but it plans anew, for tens of milliseconds, at every new
-    number of slots: at each token.
-    """
-    for layer in model.layers:
-        layer.attend = folded_attention
-    if model.embed.weight.device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def bytes_read(model: Llama) -> int:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import BUNDLED, load_model  # noqa: E402
 from extras.exact import exact_width  # noqa: E402
+from extras.packed import pack  # noqa: E402
 from model import Config, KVCache, Llama  # noqa: E402
 
 DEVICE = os.environ.get("CLASP_TEST_DEVICE", "cpu")
@@ -30,8 +31,9 @@ torch.set_num_threads(1)                              # on cores that others use
 
 settings.register_profile("default", max_examples=40, deadline=None, derandomize=True)
 settings.register_profile("thorough", max_examples=5000, deadline=None)
-settings.load_profile("default")
-AT_LENGTH = 300                                       # examples of a property marked thorough
+settings.register_profile("gpu", max_examples=8, deadline=None, derandomize=True)    # waits much
+settings.load_profile("default" if DEVICE == "cpu" else "gpu")
+AT_LENGTH = 300 if DEVICE == "cpu" else 30            # examples of a property marked thorough
 
 
 def at_length(divisor: int = 1) -> settings:
@@ -64,7 +66,15 @@ def random_model(
             weight.data.mul_(residual)
     model.embed.weight.data.mul_(6)
     model.head.weight.data.mul_(head_scale)
-    return model.requires_grad_(False).eval().to(DEVICE)
+    return as_decoded(model.requires_grad_(False).eval().to(DEVICE))
+
+
+def as_decoded(model: Llama) -> Llama:
+    """As the programs run it on this device: on a GPU with its own form of attention.
+
+    On a CPU tests look at the plain model; that the packed one is equal is for test_packed.py.
+    """
+    return model if DEVICE == "cpu" else pack(model)
 
 
 def model_that_overflows():
@@ -138,14 +148,14 @@ def all_threads():
 
 @pytest.fixture(scope="session")
 def bundled() -> Llama:
-    return load_model(BUNDLED, DEVICE)
+    return as_decoded(load_model(BUNDLED, DEVICE))
 
 
 @pytest.fixture(scope="session")
 def real() -> Llama:
     if not REAL:
         pytest.skip("CLASP_REAL_MODEL is not set")
-    return load_model(Path(REAL), DEVICE)
+    return as_decoded(load_model(Path(REAL), DEVICE))
 
 
 @pytest.fixture(params=["random", "bundled", "real"])

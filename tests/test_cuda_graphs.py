@@ -8,13 +8,13 @@ import gc
 import itertools
 import weakref
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import (
     DEVICE,
     all_but,
+    as_decoded,
     feed,
     model_that_overflows,
     random_model,
@@ -31,8 +31,7 @@ from dp_skip import select_layers
 from extras import cuda_graphs
 from extras.auto import Auto
 from extras.cuda_graphs import GraphedLlama
-from extras.packed import folded_attention, pack
-from model import BLOCK, KVCache, attention
+from model import ALIGNED, BLOCK, KVCache, round_up
 from speculative import (
     OPT_TOKENS,
     FixedSet,
@@ -41,6 +40,7 @@ from speculative import (
     clasp,
     decode,
     draft_by_skipping,
+    full_pass,
     new_text,
     optimize,
     prefill,
@@ -144,58 +144,6 @@ def taped(monkeypatch):
     monkeypatch.setattr(GraphedLlama, "capture", capture)
 
 
-# ---------------------------------------------------------------- attention
-
-@pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize("heads, kv_heads", [(4, 2), (6, 1), (3, 3)])
-def test_folded_attention_is_attention(rows, heads, kv_heads):
-    torch.manual_seed(rows)
-    q = torch.randn(1, heads, rows, 16, device=DEVICE)
-    k, v = torch.randn(2, 1, kv_heads, 32, 16, device=DEVICE)
-    seen = torch.rand(rows, 32, device=DEVICE) < 0.5
-    seen[:, 0] = True
-    mask = torch.full((rows, 32), -torch.inf, device=DEVICE).masked_fill(seen, 0)
-    expected = attention(q, k, v, mask)
-    repeated = mask.repeat(heads // kv_heads, 1)
-    for given in (mask, repeated):
-        assert torch.allclose(folded_attention(q, k, v, given), expected, atol=1e-5)
-    slots = 32 if rows == 1 else rows        # without a mask: one row sees all, several are causal
-    k = k[:, :, :slots]
-    v = v[:, :, :slots]
-    got = folded_attention(q, k, v, None)
-    assert torch.allclose(got, attention(q, k, v, None), atol=1e-5)
-
-
-def test_folded_attention_repeats_no_keys_or_values(monkeypatch):
-    given = []
-    kernel = torch.nn.functional.scaled_dot_product_attention
-
-    def watched(q, k, v, **settings):
-        given.append((q.shape, k.data_ptr(), settings))
-        return kernel(q, k, v, **settings)
-
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    q = torch.randn(1, 8, 3, 16, device=DEVICE)
-    k, v = torch.randn(2, 1, 2, 32, 16, device=DEVICE)
-    folded_attention(q, k, v, torch.zeros(3, 32, device=DEVICE))
-    [(shape, address, settings)] = given
-    assert shape == (1, 2, 12, 16)
-    assert address == k.data_ptr()
-    assert not settings.get("enable_gqa")
-
-
-def test_on_cuda_pack_exchanges_attention_and_keeps_cudnns_out():
-    layer = SimpleNamespace()
-    embed = SimpleNamespace(weight=SimpleNamespace(device=torch.device("cuda")))
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        pack(SimpleNamespace(layers=[layer], embed=embed))
-        assert layer.attend is folded_attention
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
-
-
 # ---------------------------------------------------------------- passes
 
 @pytest.mark.parametrize("skip", [(), {0}, {5}, {1, 2, 4}, set(range(6))], ids=str)
@@ -282,6 +230,34 @@ def test_greedy_text_and_cache_are_plain_decodings_bit_for_bit(chosen, length):
     assert expected == list(autoregressive(graphed, prompt, 60))
     assert expected == list(autoregressive(eager, prompt, 60))
     assert expected == list(clasp(graphed, prompt, 60, **chosen))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("length", [2, LONG])
+def test_in_16_bits_greedy_text_and_cache_are_plain_decodings_bit_for_bit(dtype, length):
+    graphed = GraphedLlama(as_decoded(random_model(context=1024).to(dtype)))
+    prompt = tokens_of(graphed, length)
+    width = width_for(graphed, 5)
+    plain = KVCache(graphed, 400, width)
+    cache = KVCache(graphed, 400, width)
+    stats = Stats()
+    settings = {"width": width, "cache": cache, "stats": stats}
+    expected = list(autoregressive(graphed, prompt, 60, width=width, cache=plain))
+    assert list(clasp(graphed, prompt, 60, opt_interval=3, **settings)) == expected
+    assert stats.accepted
+    assert same_bits(valid(cache), valid(plain))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU records nothing")
+def test_every_part_of_a_pass_is_a_recording():
+    graphed = GraphedLlama(random_model())
+    cache = KVCache(graphed, 60)
+    prefill(graphed, cache, [1, 2, 3])
+    full_pass(graphed, cache, [4, 5], None)
+    [current] = graphed.in_use[cache].passes.values()
+    parts = [*current.graphs.values(), current.at.head]
+    assert len(parts) == 1 + 6 + 1
+    assert all(isinstance(part.__self__, torch.cuda.CUDAGraph) for part in parts)
 
 
 def test_verify_logits_are_plain_decodings_bit_for_bit(bundled):
@@ -499,6 +475,19 @@ def test_graphs_are_dropped_together_or_not_at_all(taped, monkeypatch):
         gc.collect()
 
 
+def test_passes_and_the_dp_run_outside_inference_mode_too():
+    """Graphs keep their tensors from pass to pass, whatever mode the first pass was made in."""
+    eager, graphed = pair()
+    chosen = []
+    for model in (eager, graphed):
+        with torch.inference_mode(False), torch.no_grad():
+            cache = KVCache(model, 40)
+            hidden = prefill(model, cache, [1, 2, 3])
+            chosen.append(optimize(model, cache, hidden[:, -1], 3).skip_sets)
+            model(torch.tensor([[4]], device=DEVICE), cache)
+    assert chosen[0] == chosen[1]
+
+
 # ---------------------------------------------------------------- how much is captured
 
 def test_a_second_text_needs_no_captures():
@@ -587,8 +576,8 @@ def test_a_new_cache_takes_the_place_of_one_that_is_gone():
 def test_a_cache_that_is_too_small_is_not_kept():
     eager, graphed = pair(context=1024)
     list(autoregressive(graphed, [1, 2], 20))
-    assert [memory.capacity for memory in graphed.empty] == [BLOCK + 6]
+    assert [memory.capacity for memory in graphed.empty] == [round_up(BLOCK + 6, ALIGNED)]
     prompt = tokens_of(graphed, 20)
     written = list(autoregressive(graphed, prompt, BLOCK + 40))
     assert written == list(autoregressive(eager, prompt, BLOCK + 40))
-    assert [memory.capacity for memory in graphed.empty] == [2 * BLOCK + 6]
+    assert [memory.capacity for memory in graphed.empty] == [round_up(2 * BLOCK + 6, ALIGNED)]

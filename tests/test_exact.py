@@ -19,9 +19,9 @@ from conftest import (
 from enumeration import NUCLEUS, PROMPT, Enumerated
 
 import extras.exact
-import extras.packed
 import speculative
 from checkpoint import BUNDLED, load_model
+from extras import attention
 from extras.exact import exact_width, is_even, passes_agree
 from model import BLOCK, KVCache
 from speculative import (
@@ -188,10 +188,10 @@ def test_a_pass_is_as_wide_as_the_kernels_want_it(monkeypatch):
 
 
 def test_uneven_attention_is_found_too(monkeypatch):
-    attention = torch.nn.functional.scaled_dot_product_attention
+    kernel = torch.nn.functional.scaled_dot_product_attention
 
     def uneven(q, k, v, **settings):
-        out = attention(q, k, v, **settings)
+        out = kernel(q, k, v, **settings)
         if q.shape[2] == 5:
             out[:, :, 0, 0] *= 1 + 2 ** -7
         return out
@@ -202,11 +202,11 @@ def test_uneven_attention_is_found_too(monkeypatch):
 
 def test_attention_that_is_uneven_for_few_queries_is_found_too(monkeypatch):
     """Rounding shows for some numbers only, so many queries are asked."""
-    attention = torch.nn.functional.scaled_dot_product_attention
+    kernel = torch.nn.functional.scaled_dot_product_attention
     calls = itertools.count(1)
 
     def rarely_uneven(q, k, v, **settings):
-        out = attention(q, k, v, **settings)
+        out = kernel(q, k, v, **settings)
         if next(calls) % 20 == 0:
             out[:, :, 0, 0] *= 1 + 2 ** -7
         return out
@@ -331,5 +331,5 @@ def test_a_drafted_token_that_overflows_leaves_the_distribution_of_samples(width
 
 
 def test_each_form_of_attention_is_asked():
-    longs = {extras.packed.LONG_BFLOAT16, extras.packed.LONG_FLOAT32}
+    longs = {attention.LONG_BFLOAT16, attention.LONG_FLOAT32, attention.LONG_CUDA}
     assert set(extras.exact.LONG) == longs
