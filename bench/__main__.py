@@ -24,7 +24,7 @@ from bench.prompts import Question, held_out, read_questions
 from bench.race import Plan, ask, interleave
 from bench.results import Results, header_of
 from bench.table import table, write_csv
-from bench.target import SHAPES, Target, load_target
+from bench.target import Target, add_model_arguments, load_target
 from generate import Parser, say
 from model import ModelError
 from speculative import SettingsError, require
@@ -45,28 +45,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_measuring_arguments(parser)
     add_output_arguments(parser)
     return parser.parse_args(argv)
-
-
-def add_model_arguments(parser: Parser):
-    add = parser.add_argument
-    add("--model", metavar="PATH_OR_REPO",
-        help="a folder or a Hugging Face repo id; default: the bundled model")
-    add("--synthetic", choices=list(SHAPES),
-        help="random weights of this shape instead of a model")
-    add("--residual", type=float, default=0.03, metavar="R",
-        help="synthetic: scale of what the middle layers add; 0.03: tau 4 at M 14, K 7; less: "
-             "more; default: %(default)s")
-    add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
-    add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="default: float32 on the CPU, bfloat16 elsewhere")
-    add("--cuda-graphs", action="store_true",
-        help="decode through extras/cuda_graphs.py (a CPU records nothing)")
-    by_model = "default: what the model suggests, else"
-    add("--skip-layers", type=int, metavar="M", help=f"{by_model} the paper's half")
-    add("--draft-length", type=int, metavar="K", help=f"{by_model} generate.py's")
-    add("--exit-threshold", type=float, metavar="X", help=f"{by_model} generate.py's")
-    add("--opt-interval", type=int, metavar="N", help=f"{by_model} generate.py's")
-    add("--opt-tokens", type=int, metavar="T", help=f"{by_model} generate.py's")
 
 
 def add_measuring_arguments(parser: Parser):
@@ -106,7 +84,6 @@ def numbers(text: str) -> list[float]:
 
 
 def require_sensible(args: argparse.Namespace):
-    require(not (args.synthetic and args.model), "--synthetic or --model, not both")
     require(args.repeat >= 1, "--repeat must be at least 1")
     file = args.speed or args.out
     require(file.parent.is_dir(), f"there is no folder {file.parent}")

@@ -17,12 +17,22 @@ from checkpoint import (
 from extras.cuda_graphs import GraphedLlama
 from extras.exact import exact_width
 from extras.packed import bytes_read, pack
-from generate import choose_device
+from generate import Parser, choose_device
 from model import Config, Llama
-from speculative import DRAFT_LENGTH, EXIT_THRESHOLD, OPT_INTERVAL, OPT_TOKENS, Clasp
+from speculative import (
+    DRAFT_LENGTH,
+    EXIT_THRESHOLD,
+    OPT_INTERVAL,
+    OPT_TOKENS,
+    Clasp,
+    require,
+)
 
 # Models that are measured without their weights: true speed, a text that is noise.
 SHAPES = {
+    "tiny": Config(
+        vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=8192),
     "llama3.2-1b": Config(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=8192,
@@ -98,12 +108,35 @@ class Target:
         return str(tokens) if self.tokenizer is None else self.tokenizer.decode(tokens)
 
 
+def add_model_arguments(parser: Parser):
+    add = parser.add_argument
+    add("--model", metavar="PATH_OR_REPO",
+        help="a folder or a Hugging Face repo id; default: the bundled model")
+    add("--synthetic", choices=list(SHAPES),
+        help="random weights of this shape instead of a model")
+    add("--residual", type=float, default=0.03, metavar="R",
+        help="synthetic: scale of what the middle layers add; 0.03: tau 4 at M 14, K 7; less: "
+             "more; default: %(default)s")
+    add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="default: float32 on the CPU, bfloat16 elsewhere")
+    add("--cuda-graphs", action="store_true",
+        help="decode through extras/cuda_graphs.py (a CPU records nothing)")
+    by_model = "default: what the model suggests, else"
+    add("--skip-layers", type=int, metavar="M", help=f"{by_model} the paper's half")
+    add("--draft-length", type=int, metavar="K", help=f"{by_model} generate.py's")
+    add("--exit-threshold", type=float, metavar="X", help=f"{by_model} generate.py's")
+    add("--opt-interval", type=int, metavar="N", help=f"{by_model} generate.py's")
+    add("--opt-tokens", type=int, metavar="T", help=f"{by_model} generate.py's")
+
+
 def load_target(args) -> Target:
     """The model that the command line names, ready to be measured.
 
-    args: has ``model``, ``synthetic``, ``residual``, ``device``, ``dtype``, ``cuda_graphs`` and the
-    five settings of CLaSp. What is None is as the model suggests, else the default.
+    args: of ``add_model_arguments``. Settings that are None are as the model suggests, else the
+    defaults.
     """
+    require(not (args.synthetic and args.model), "--synthetic or --model, not both")
     device, dtype = choose_device(args.device, args.dtype)
     if args.synthetic:
         folder = None

@@ -491,6 +491,8 @@ def run_tool(name: str, *argv: str) -> subprocess.CompletedProcess:
     ("equal", ["--prompts", "2", "--max-new-tokens", "20"], "8 runs of 20 greedy tokens"),
     ("slice", ["--positions", "20"], "| 10 |"),
     ("dp", [], "420 sets equal"),
+    ("equal", ["--prompts", "2", "--max-new-tokens", "150", "--synthetic", "tiny",
+               "--cuda-graphs"], "8 runs of 150 greedy tokens"),
 ])
 def test_a_model_is_verified(what, options, shown):
     done = run_tool("verify.py", what, "--device", DEVICE, *options)
@@ -505,7 +507,7 @@ def test_a_model_is_verified(what, options, shown):
 
 @pytest.mark.parametrize("what, options, shown", [
     ("reject", ["--prompts", "1", "--max-new-tokens", "60"], "| 18 |"),
-    ("sweep", ["--max-new-tokens", "2", "--skip-layers", "17", "--repeat", "1", "--temperatures",
+    ("sweep", ["--max-new-tokens", "2", "--budgets", "17", "--repeat", "1", "--temperatures",
                "0"], "| overall |"),
 ])
 def test_auto_is_studied(what, options, shown):
@@ -521,6 +523,7 @@ def test_auto_is_studied(what, options, shown):
     (["equal", "--model", "/no"], "no folder"),
     (["equal", "--prompts", "0"], "at least 1"),
     (["equal", "--device", "tpu"], "unknown device"),
+    (["equal", "--model", "/no", "--synthetic", "tiny"], "not both"),
 ], ids=str)
 def test_mistakes_of_the_tools_are_one_line(name, argv, word):
     argv = ["reject" if name == "study_auto.py" and arg == "equal" else arg for arg in argv]

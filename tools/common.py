@@ -7,41 +7,40 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import torch
 
-from checkpoint import BUNDLED, Tokenizer, find_folder, load_model, suggested_settings
-from extras.packed import pack
-from generate import Parser, choose_device
+from bench.target import Target, add_model_arguments, load_target
+from generate import Parser
 from model import Llama, ModelError
-from speculative import DRAFT_LENGTH, SettingsError, require
+from speculative import SettingsError, require
 
 
 class Setup(NamedTuple):
     """A model, ready to be measured, and what was asked for."""
     args: argparse.Namespace
-    model: Llama
-    tokenizer: Tokenizer
+    target: Target
+
+    @property
+    def model(self) -> Llama:
+        return self.target.model
 
     @property
     def draft_length(self) -> int:
-        """As typed, else what the model suggests, else the default."""
-        suggested = suggested_settings(self.tokenizer.folder)
-        return self.args.draft_length or suggested.get("draft_length", DRAFT_LENGTH)
+        return self.target.draft_length
 
     def encode(self, prompt: str) -> list[int]:
-        return self.tokenizer.encode(prompt, chat=False)
+        """As plain text, also for a model that chats."""
+        if self.target.tokenizer is None:
+            return self.target.encode([prompt])
+        return self.target.tokenizer.encode(prompt, chat=False)
 
 
 def new_parser(description: str, choices: list[str]) -> Parser:
     """With the arguments that all tools take."""
     parser = Parser(description=description)
     parser.add_argument("what", choices=choices)
-    parser.add_argument("--model", default=str(BUNDLED))
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--draft-length", type=int)
+    add_model_arguments(parser)
+    parser.add_argument("--prompts", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="default: %(default)s")
     return parser
 
 
@@ -50,13 +49,9 @@ def require_positive(*numbers: int):
 
 
 def load(args: argparse.Namespace) -> Setup:
-    folder = find_folder(args.model)
-    device, dtype = choose_device(args.device, args.dtype)
-    tokenizer = Tokenizer(folder)
-    model = pack(load_model(folder, device, dtype))
-    print(f"{args.what}: {args.model}, {device}, {dtype}, torch {torch.__version__}, "
-          f"{torch.get_num_threads()} threads", file=sys.stderr)
-    return Setup(args, model, tokenizer)
+    target = load_target(args)
+    print(f"{args.what}: {target.name}, {target.where}", file=sys.stderr)
+    return Setup(args, target)
 
 
 def run_tool(name: str, run: Callable[[], None]) -> int:

@@ -86,7 +86,7 @@ INTERVALS = (16, 64)
 def sweep(args):
     """The fastest fixed setting of each group, once; then that and auto, --repeat times."""
     target = load_target(args)
-    budgets = args.skip_layers_swept or [round(target.layers * share) for share in SWEPT_SHARES]
+    budgets = args.budgets or [round(target.layers * share) for share in SWEPT_SHARES]
     once = Plan(args.max_new_tokens, repeat=1)
     prompts = ask(target, read_questions(), args.max_new_tokens, {})
     fresh = [prompt for prompt in prompts if not is_tried_on(prompt.question)]
@@ -136,12 +136,10 @@ STUDIES = {"reject": reject, "sweep": sweep}
 
 def main():
     parser = new_parser(__doc__.splitlines()[0], list(STUDIES))
-    parser.add_argument("--skip-layers", type=int, nargs="+", dest="skip_layers_swept")
+    parser.add_argument("--budgets", type=int, nargs="+", metavar="M",
+                        help="sweep: numbers of layers to skip; default: 50 to 90 % of them")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--repeat", type=int, default=3)
-    # What the sweep leaves as the model suggests; see ``bench.target.load_target``.
-    parser.set_defaults(synthetic=None, cuda_graphs=False, skip_layers=None, exit_threshold=None,
-                        opt_interval=None, opt_tokens=None)
     args = parser.parse_args()
     require_positive(args.prompts, args.max_new_tokens, args.repeat)
     STUDIES[args.what](args)

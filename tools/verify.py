@@ -3,6 +3,8 @@
     python tools/verify.py equal [--model M] [--dtype D]  greedy text, logits and cache, by the bit
     python tools/verify.py dp    [--model M]              two readings of the DP; its time in passes
     python tools/verify.py slice [--model M]              DP, brute force, random sets on 10 layers
+
+``equal`` also takes --cuda-graphs, and --synthetic SHAPE for random weights.
 """
 import random
 import statistics
@@ -92,7 +94,7 @@ def recorded_rows() -> Iterator[dict[int, Tensor]]:
     def recording(model, cache, tokens, width):
         start = cache.length
         states, logits = full_pass(model, cache, tokens, width)
-        rows.update((start + i, row) for i, row in enumerate(logits))
+        rows.update((start + i, row) for i, row in enumerate(logits.clone()))     # graphs reuse it
         return states, logits
 
     speculative.full_pass = recording
