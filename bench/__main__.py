@@ -148,7 +148,8 @@ def make_steps(target: Target, args, questions: list[Question]) -> str:
     prompt = target.encode(questions[-1].turns[:1])
     seconds = steps.step_seconds(target, prompt, max(args.repeat, STEP_REPEATS))
     rivals = steps.rival_seconds(target, prompt[:steps.START], max(args.repeat, RIVAL_REPEATS))
-    return steps.report(target, len(prompt), seconds, rivals)
+    rate = steps.read_rate(target.model.device, RIVAL_REPEATS)
+    return steps.report(target, len(prompt), seconds, rate, rivals)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 ``step_seconds`` and ``rival_seconds`` measure, ``report`` writes it down.
 """
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +12,7 @@ import torch
 
 from bench.target import Target
 from dp_skip import select_layers, select_layers_plain
-from model import Llama
+from model import Config, Llama
 from speculative import (
     FixedSet,
     Text,
@@ -89,23 +90,45 @@ def draft_step(text: Text, drafter: FixedSet):
 
 
 def rival_seconds(target: Target, start: list[int], repeat: int) -> dict[str, list[float]]:
-    """"read": a sum over a large tensor; "ours" and "theirs": a text, here and by transformers.
+    """A text, by plain decoding here ("ours") and by transformers ("theirs").
 
     Random weights have no folder that transformers could read.
     """
-    large = large_tensor(target)
-    work = {"read": large.sum}
-    if target.tokenizer:
-        ours = partial(autoregressive, target.model, start, GENERATED)
-        work["ours"] = lambda: list(ours())
-        work["theirs"] = generate_of_transformers(target, start)
+    if target.tokenizer is None:
+        return {}
+    ours = partial(autoregressive, target.model, start, GENERATED)
+    work = {
+        "ours": lambda: list(ours()),
+        "theirs": generate_of_transformers(target, start),
+    }
     return timed(target.model, work, repeat)
 
 
-def large_tensor(target: Target) -> torch.Tensor:
-    """Far larger than any cache of the device."""
-    size = 2 ** 26 if target.model.device.type == "cpu" else 2 ** 28
-    return torch.zeros(size, device=target.model.device)
+def read_rate(device: torch.device, repeat: int) -> float:
+    """Bytes a second at which a sum reads a tensor far larger than any cache, at best.
+
+    Of random numbers, since memory may be cleverer about zeros. A GPU is asked for its own time.
+    """
+    numbers = 2 ** 26
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        numbers = min(2 ** 31, free // 8)                # 8 GiB, or half of what is free
+    large = torch.rand(numbers, device=device)
+    seconds = [seconds_of(large.sum, device) for _ in range(WARM_UP + repeat)]
+    return large.nbytes / min(seconds[WARM_UP:])
+
+
+def seconds_of(work: Callable, device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def generate_of_transformers(target: Target, start: list[int]) -> Callable:
@@ -118,12 +141,30 @@ def generate_of_transformers(target: Target, start: list[int]) -> Callable:
                    do_sample=False)
 
 
+def generate_by(config: Config, device: torch.device, dtype: torch.dtype) -> Callable:
+    """transformers' greedy generate(prompt, count) with random weights and a static cache.
+
+    On a GPU that decodes by a compiled forward.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+    with device:
+        model = LlamaForCausalLM(LlamaConfig(**vars(config))).to(dtype).eval()
+
+    def generate(prompt: list[int], count: int):
+        ids = torch.tensor([prompt], device=device)
+        return model.generate(ids, max_new_tokens=count, min_new_tokens=count, do_sample=False,
+                              cache_implementation="static")
+
+    return generate
+
+
 # ---------------------------------------------------------------------------- formatting
 
 def report(
-    target: Target, tokens: int, steps: dict[str, float], rivals: dict[str, list[float]]
+    target: Target, tokens: int, steps: dict[str, float], rate: float,
+    rivals: dict[str, list[float]]
 ) -> str:
-    """A page in Markdown. tokens: of the prompt before the steps."""
+    """A page in Markdown. tokens: of the prompt before the steps. rate: see ``read_rate``."""
     plain = steps["plain step"]
     verify = steps["verify pass"]
     page = [
@@ -136,8 +177,8 @@ def report(
     for name, seconds in steps.items():
         page.append(f"| {name} | {1e3 * seconds:.2f} ms | {seconds / plain:.2f} "
                     f"| {seconds / verify:.2f} |")
-    page += ["", reading(target, steps, rivals["read"])]
-    if "theirs" in rivals:
+    page += ["", reading(target, steps, rate)]
+    if rivals:
         pairs = list(zip(rivals["theirs"], rivals["ours"]))
         ratio = statistics.median(theirs / ours for theirs, ours in pairs)
         page += ["", f"Plain decoding is {ratio:.2f}x as fast as transformers' generate "
@@ -145,16 +186,17 @@ def report(
     return "\n".join(page) + "\n"
 
 
-def reading(target: Target, steps: dict[str, float], sums: list[float]) -> str:
+def reading(target: Target, steps: dict[str, float], best: float) -> str:
     """How near a plain step comes to what memory can give, and a draft token to its share."""
-    plain = steps["plain step"]
-    head = steps["head"]
-    rate = target.bytes_read / plain / 1e9
-    large = large_tensor(target).nbytes
-    best = large / min(sums) / 1e9
+    rate = target.bytes_read / steps["plain step"]
+    return (f"A plain step reads {target.bytes_read / 1e6:.0f} MB at {rate / 1e9:.1f} GB/s, a sum "
+            f"over random numbers reads at best {best / 1e9:.1f} GB/s: {rate / best:.2f} of it. A "
+            f"draft token costs {draft_share(target, steps):.2f} of its share of the layers and "
+            "the head.")
+
+
+def draft_share(target: Target, steps: dict[str, float]) -> float:
+    """What a draft token costs, in what the layers that it runs and the head cost a plain step."""
     run = 1 - target.settings["skip_layers"] / target.layers
-    share = (plain - head) * run + head                   # what a draft token should take
-    return (f"A plain step reads {target.bytes_read / 1e6:.0f} MB at {rate:.1f} GB/s, sums over "
-            f"{large / 1e6:.0f} MB read at best {best:.1f} GB/s: {rate / best:.2f} of it. A draft "
-            f"token costs {steps['draft token'] / share:.2f} of its share of the layers and the "
-            "head.")
+    layers = steps["plain step"] - steps["head"]
+    return steps["draft token"] / (layers * run + steps["head"])

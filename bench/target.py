@@ -1,4 +1,5 @@
 """The model that is measured, how it reads questions, and the settings that CLaSp uses on it."""
+import argparse
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -130,7 +131,14 @@ def add_model_arguments(parser: Parser):
     add("--opt-tokens", type=int, metavar="T", help=f"{by_model} generate.py's")
 
 
-def load_target(args) -> Target:
+def target_arguments(options: list[str]) -> argparse.Namespace:
+    """These options, and the defaults of the others, for ``load_target``."""
+    parser = Parser()
+    add_model_arguments(parser)
+    return parser.parse_args(options)
+
+
+def load_target(args: argparse.Namespace) -> Target:
     """The model that the command line names, ready to be measured.
 
     args: of ``add_model_arguments``. Settings that are None are as the model suggests, else the

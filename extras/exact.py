@@ -20,7 +20,7 @@ from speculative import full_pass, prefill
 
 # What exact_width found, by model and then by (rows, slots in a block, threads).
 KNOWN_WIDTHS = weakref.WeakKeyDictionary()
-LONG = (1024, 4096)           # slots from which on attention has another form (packed.py)
+LONG = (1024, 4096)           # slots from which on attention has another form (attention.py)
 TRIED = 8                     # widths that are tried before giving up
 ATTENTION_TRIALS = 16         # random queries for each of the trials below
 TRIALS = 6                    # random rows and caches in float32
