@@ -505,9 +505,9 @@ def draft_by_skipping(
     It ends after a token at which ``go_on(confidence)`` is false. The confidence is the draft
     model's top probability there (NaN if the layers run overflow).
 
-    A token goes from one pass to the next on the device, and all are read at the end: a GPU is not
-    waited for in between, unless ``go_on`` asks. So what was drafted after a stop token is cut off.
-    Nothing is lost by it: if that token is accepted the text has ended.
+    It ends after a stop token too. But unless ``go_on`` asks, a token goes from pass to pass
+    on the device, and all are read at the end, so that a GPU is not waited for in between. Then
+    what was drafted after a stop token is cut off. If that is accepted, the text has ended anyway.
     """
     model = text.model
     row = as_row(model, text.tokens[-1:])                             # (1, 1)
@@ -520,8 +520,10 @@ def draft_by_skipping(
         drawn.append(token)
         distributions.append(q)
         row = token.view(1, 1)
-        if go_on and not go_on(logits.float().softmax(-1).max().item()):
-            break
+        if go_on:
+            sure = go_on(logits.float().softmax(-1).max().item())
+            if not sure or int(token) in text.stop:
+                break
     tokens = torch.stack(drawn).tolist() if drawn else []
     end = next((i + 1 for i, token in enumerate(tokens) if token in text.stop), len(tokens))
     return Draft(tokens[:end], distributions[:end], source="layers")

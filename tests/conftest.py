@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import BUNDLED, load_model  # noqa: E402
 from extras.exact import exact_width  # noqa: E402
-from extras.packed import pack  # noqa: E402
+from generate import pack  # noqa: E402
 from model import Config, KVCache, Llama  # noqa: E402
 
 DEVICE = os.environ.get("CLASP_TEST_DEVICE", "cpu")
