@@ -25,7 +25,7 @@ from torch import Tensor
 
 from model import Config, Llama, ModelError
 
-BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "fairy-tales"
+BUNDLED = Path(__file__).resolve().parent / "checkpoints" / "tiny-stories"
 FILES = [                     # what is downloaded of a repository
     "config.json",
     "generation_config.json",

@@ -27,7 +27,7 @@ from checkpoint import BUNDLED, Tokenizer, find_folder, load_model, suggested_se
 from extras.auto import Auto
 from extras.exact import exact_width
 from extras.lookup import MOST, Lookup
-from extras.packed import pack
+from extras.packed import choose_threads, pack
 from extras.trace import Traced, page, record
 from extras.worth import SHAPE
 from model import KVCache, Llama, ModelError
@@ -46,7 +46,7 @@ from speculative import (
     require,
 )
 
-PROMPT = "Once upon a time, in a great forest, there lived an old witch"
+PROMPT = "Once upon a time, there was a brave little mouse who"
 DIM, PLAIN = "\033[2m", "\033[0m"                     # of a terminal
 # How --show-drafts shows a token, by its source: colour, and marks around a run of such tokens.
 SHOWN = {
@@ -93,7 +93,7 @@ def add_text_arguments(parser: Parser):
              "id; default: the bundled model")
     add("--method", choices=["clasp", "autoregressive"], default="clasp")
     add("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
-    add("--temperature", type=float, default=0.6, metavar="T",
+    add("--temperature", type=float, default=0.5, metavar="T",
         help="0 is greedy; default: %(default)s")
     add("--top-p", type=float, default=1.0, metavar="P",
         help="sample from the likeliest tokens that reach P together; default: 1")
@@ -189,6 +189,7 @@ def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, to
 
 def prepare_model(args: argparse.Namespace, folder: Path, device, dtype) -> Llama:
     model = pack(load_model(folder, device, dtype))
+    choose_threads(model)
     if args.cuda_graphs:
         from extras.cuda_graphs import GraphedLlama
         model = GraphedLlama(model)

@@ -54,7 +54,6 @@ THIRD_FORM = "survivors"
 
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 IGNORED_PROGRAMS = shutil.ignore_patterns("__pycache__", "*.py")       # such as train.py
-IGNORED_MODELS = shutil.ignore_patterns("__pycache__", "*.py", "tiny-stories")      # one on trial
 
 
 class ExportError(Exception):
@@ -85,7 +84,7 @@ def export(out: Path, problems: list[int]):
     for name, source in tests.items():
         write(out / "tests" / name, source)
     shutil.copytree(TESTS / "golden", out / "tests" / "golden", ignore=IGNORED_PROGRAMS)
-    shutil.copytree(ROOT / "checkpoints", out / "checkpoints", ignore=IGNORED_MODELS)
+    shutil.copytree(ROOT / "checkpoints", out / "checkpoints", ignore=IGNORED_PROGRAMS)
     shutil.copytree(HERE / "checks", out / "checks", ignore=IGNORED)
     for name in ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore"):
         shutil.copy(ROOT / name, out)

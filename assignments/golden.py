@@ -28,16 +28,16 @@ FILE = HERE / "checks" / "golden.json"
 MARGIN = 1e-3                 # least difference, of distances or of logits, that a case may turn on
 TEXTS = 5                     # of the leaderboard
 PROMPTS = [                   # of which the first that fit are taken
-    "Once upon a time, in a great forest, there lived an old witch",
-    "The king had three daughters, and the youngest",
-    "A poor miller had",
-    "When the prince came to the castle",
-    "There was once a fisherman who",
-    "Long ago there lived a woman who had two sons",
+    "Once upon a time, there was a brave little mouse who",
+    "The king had three daughters, and one day",
+    "A little cat had",
+    "When Tom came to the park",
+    "There was a fisherman who",
+    "Once there lived a woman who had two sons.",
     "The little girl went into the garden and",
-    "One day a wolf said to the fox",
-    "An old soldier was walking home when",
-    "In the middle of the night the princess",
+    "One day, a wolf said to the fox,",
+    "Lily was walking home when",
+    "In the middle of the night, the princess",
 ]
 CONSISTENT = [(1, 1), (3, 2), (5, 5)]                  # layers, budget
 

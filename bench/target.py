@@ -17,7 +17,7 @@ from checkpoint import (
 )
 from extras.cuda_graphs import GraphedLlama
 from extras.exact import exact_width
-from extras.packed import bytes_read, pack
+from extras.packed import bytes_read, choose_threads, pack
 from generate import Parser, choose_device
 from model import Config, Llama
 from speculative import (
@@ -158,6 +158,7 @@ def load_target(args: argparse.Namespace) -> Target:
         model = load_model(folder, device, dtype)
         name = folder.resolve().name
     pack(model)
+    choose_threads(model)
     settings = clasp_settings(len(model.layers), suggested_settings(folder), args)
     read = bytes_read(model)
     fingerprint = model.embed.weight[::97].double().sum().item()

@@ -73,6 +73,18 @@ def pack(model: Llama) -> Llama:
     return model
 
 
+def choose_threads(model: Llama):
+    """One thread, in this whole process, for a model on a CPU whose layers are too small to share.
+
+    More are no faster there, and where other programs want the cores they wait for each other: a
+    pass of the bundled model beside one busy program took 100 times as long with two.
+    """
+    c = model.config
+    largest = c.hidden_size * max(2 * c.intermediate_size, c.num_attention_heads * c.head_dim)
+    if model.device.type == "cpu" and largest < THREADED:
+        torch.set_num_threads(1)
+
+
 def choose_products(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
     """A function that exchanges a linear layer (or embedding) of a dtype for its fastest form."""
     computes_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -1,6 +1,6 @@
 """packed.py computes what the model computes: every remedy, every dtype, every number of rows."""
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from extras.packed import (
     QuickNorm,
     WeightFirstLinear,
     bytes_read,
+    choose_threads,
     pack,
     threaded_product,
     unthreaded_product,
@@ -148,6 +149,19 @@ def test_small_products_without_the_entrance_that_needs_no_threads(monkeypatch):
     fast = pack(model)
     assert fast.layers[0].o.multiply is threaded_product
     torch.testing.assert_close(logits(fast, 4), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("inner, threads", [(384, 1), (8192, 2)])
+def test_only_models_with_large_layers_share_their_work_among_threads(inner, threads):
+    before = torch.get_num_threads()
+    model = random_model()
+    model.config = replace(model.config, hidden_size=192, intermediate_size=inner)
+    try:
+        torch.set_num_threads(2)
+        choose_threads(model)
+        assert torch.get_num_threads() == (threads if DEVICE == "cpu" else 2)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_quick_norm_is_rms_norm():

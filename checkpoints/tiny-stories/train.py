@@ -1,28 +1,30 @@
 """Train the bundled story model: worth its depth as a whole, and yet a good draft of itself.
 
-    python checkpoints/tiny-stories/train.py STORIES.txt.gz --out OUT      (same OUT: resumes)
+    python checkpoints/tiny-stories/train.py STORIES.txt.gz --out OUT
 
-STORIES is plain text with a line <|endoftext|> after each story. The recipe, in the code's order:
+The same OUT again resumes. STORIES is plain text with a line <|endoftext|> after each story. The
+recipe, in the order of the code:
 
 1. A byte-level BPE of 4,096 tokens is learnt from the text. One story in 50 is held out.
 2. An example is a row of 513 tokens: whole stories in a row, the last one cut. A story begins with
    <|begin_of_text|> and ends with <|end_of_text|>, so the model learns to stop by itself.
 3. Every batch runs through the *whole* model and is learnt as usual. Nothing is dropped there: the
    layers have to earn their place together.
-4. Beside that, a part of every row runs through a *draft*, a few of the layers, which learns to
-   predict what the whole model predicts (Kullback-Leibler divergence). The draft works as in
-   decoding: it looks at the whole model's keys and values of all tokens but the last few.
-5. Which layers draft is chosen as in decoding too: by CLaSp's DP, from the states of the
-   token before. It chooses among a random subset of the layers, so that no layer is always there,
-   no set is the only one that learns to draft, and the choice has to follow the context.
+4. In one batch of four, and in all of the last quarter, a part of the rows also runs through a
+   *draft*, a few of the layers, which learns to predict what the whole model predicts
+   (Kullback-Leibler divergence). It works as in decoding: it looks at the whole model's keys and
+   values of all tokens but the last few. Drafts in every batch from the start slow the whole model.
+5. Which layers draft is chosen as in decoding too: by CLaSp's DP, from the states of the token
+   before. At first only a random subset is allowed, so that many layers learn to draft; in the last
+   quarter all are, as in decoding.
 6. Muon for the matrices of the layers, AdamW for the rest. The rate falls linearly to 0 over the
-   last part of the steps; `--steps` may be changed on resuming until that part begins.
+   last part of the steps. With more `--steps` on resuming it rises again, and falls again.
+7. Weights from the ends of several falls, averaged, are better than each: `--average` makes them.
 
-Every --save-every steps the state (to resume from) and the folder for `generate.py --model` are
-written, large files beside their old version, whose place they then take. torch.compile needs a C++
-compiler.
+Every --save-every steps the state (to resume from) and the folder that `generate.py --model` takes
+are written, large files beside their old version, whose place they then take. torch.compile needs a
+C++ compiler.
 """
-
 import argparse
 import gzip
 import itertools
@@ -39,46 +41,35 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from checkpoint import named_weights
-from dp_skip import select_layers
-from model import Config, Llama, rope_table
+from dp_skip import select_layers  # noqa: E402
+from model import Config, Llama, named_weights, rope_table  # noqa: E402
 
 BEGIN = "<|begin_of_text|>"
 END = "<|end_of_text|>"
 # LLaMA 3's pre-tokenisation: contractions, words, up to three digits, punctuation, white space.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CONFIG = Config(
-    vocab_size=4096,
-    hidden_size=192,
-    intermediate_size=384,
-    num_hidden_layers=20,
-    num_attention_heads=3,
-    num_key_value_heads=1,
-    head_dim=64,
-    max_position_embeddings=512,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    tie_word_embeddings=True,
-)
+    vocab_size=4096, hidden_size=192, intermediate_size=384, num_hidden_layers=20,
+    num_attention_heads=3, num_key_value_heads=1, head_dim=64, max_position_embeddings=512,
+    rms_norm_eps=1e-5, rope_theta=500000.0, tie_word_embeddings=True)
 LAYERS = CONFIG.num_hidden_layers
-SETTINGS = {"skip_layers": 16, "draft_length": 3, "exit_threshold": 0.0, "opt_interval": 16}
+KEPT = 4                                         # layers that draft by default
+SETTINGS = {"skip_layers": LAYERS - KEPT, "draft_length": 4, "exit_threshold": 0.0,
+            "opt_interval": 128, "opt_tokens": 4}
 
-LENGTH = CONFIG.max_position_embeddings  # tokens a row
-ROWS = 8  # rows a batch
-DRAFTS = 4  # rows of them that are drafted as well,
-WINDOW = 256  # so many of their tokens,
-SELDOM = 4  # in every so many-th batch at first
-OWN = 5  # most tokens of which a draft sees its own keys
-WARM_UP = 100  # steps
-DECAY = 0.45  # the last part of the steps, where the rate falls,
-DRAFTING = 0.25  # and where every batch is drafted as well
+LENGTH = CONFIG.max_position_embeddings          # tokens a row
+ROWS = 8                                         # rows a batch
+DRAFTS = 4                                       # rows of them that are drafted as well,
+WINDOW = 256                                     # so many of their tokens,
+SELDOM = 4                                       # in every so many-th batch at first
+OWN = 5                                          # most tokens of which a draft sees its own keys
+WARM_UP = 100                                    # steps
+DECAY = 0.45                                     # the last part of the steps, where the rate falls,
+DRAFTING = 0.25                                  # and where every batch is drafted as well
 
 
 # ---------------------------------------------------------------------------- text
-
 
 def read_stories(path: Path) -> list[str]:
     raw = path.read_bytes()
@@ -88,25 +79,15 @@ def read_stories(path: Path) -> list[str]:
 
 def learn_tokenizer(stories: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        stories,
-        trainers.BpeTrainer(
-            vocab_size=CONFIG.vocab_size,
-            special_tokens=[BEGIN, END],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    tokenizer.train_from_iterator(stories, trainers.BpeTrainer(
+        vocab_size=CONFIG.vocab_size, special_tokens=[BEGIN, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))]
-    )
+        single=f"{BEGIN} $A", special_tokens=[(BEGIN, tokenizer.token_to_id(BEGIN))])
     return tokenizer
 
 
@@ -125,7 +106,7 @@ def batches(stories: list[list[int]], rows: int, seed: int = 0):
         for story in random.Random(epoch).sample(stories, len(stories)):
             row = row + story
             if len(row) > LENGTH:
-                batch.append(row[: LENGTH + 1])
+                batch.append(row[:LENGTH + 1])
                 row = []
             if len(batch) == rows:
                 yield torch.tensor(batch)
@@ -134,11 +115,10 @@ def batches(stories: list[list[int]], rows: int, seed: int = 0):
 
 # ---------------------------------------------------------------------------- the whole model
 
-
 def attend(q, k, v, mask):
     """What model.attention computes, from products and softmax.
 
-    PyTorch's own kernel is three times slower on a CPU in bfloat16. The causal case goes in
+    PyTorch's own kernel is three times slower on a CPU in bfloat16. The causal case goes by
     quarters of the rows, so that little is computed only to be masked.
     """
     groups = q.shape[1] // k.shape[1]
@@ -196,47 +176,36 @@ class Passes:
         return states, caches
 
     def draft(self, tokens, row: int, position: int, own: int, kept, caches):
-        """One row's WINDOW tokens after a position, by the layers ``kept``: (1, WINDOW, hidden)."""
+        """One row's WINDOW tokens after a position through layers ``kept``: (1, WINDOW, hidden)."""
         window = slice(position + 1, position + 1 + WINDOW)
         mask = draft_mask(position, own).to(tokens.device)
-        x = self.model.embed(tokens[row : row + 1, window])
+        x = self.model.embed(tokens[row:row + 1, window])
         for i in kept:
             keys, values = caches[i]
-            x = self.follow(
-                self.model.layers[i],
-                x,
-                self.cos[window],
-                self.sin[window],
-                mask,
-                keys[row],
-                values[row],
-            )
+            x = self.follow(self.model.layers[i], x, self.cos[window], self.sin[window], mask,
+                            keys[row], values[row])
         return x
 
     @torch.no_grad()
     def choose(self, row: int, position: int, allowed: list[int], keep: int, states, caches):
-        """The ``keep`` of the ``allowed`` layers that CLaSp's DP runs, by one token's states."""
-        hidden = torch.stack(
-            [states[0][row, position]] + [states[i + 1][row, position] for i in allowed]
-        ).float()
+        """The ``keep`` of the ``allowed`` layers that CLaSp's DP runs for one token."""
+        hidden = torch.stack([states[0][row, position]] +
+                             [states[i + 1][row, position] for i in allowed]).float()
         mask = torch.full((LAYERS, position + LAYERS), -torch.inf, device=hidden.device)
         mask[:, :position] = 0
-        mask[:, position:].fill_diagonal_(0)  # a candidate sees itself, and no other
+        mask[:, position:].fill_diagonal_(0)                 # a candidate sees itself, and no other
         here = slice(position, position + 1)
 
         def layer(i: int, rows):
             keys, values = caches[allowed[i]]
 
             def store(k, v):
-                return (
-                    torch.cat((keys[row][:, :, :position].float(), k), 2),
-                    torch.cat((values[row][:, :, :position].float(), v), 2),
-                )
+                return (torch.cat((keys[row][:, :, :position].float(), k), 2),
+                        torch.cat((values[row][:, :, :position].float(), v), 2))
 
-            seen = mask[: len(rows), : position + len(rows)]
+            seen = mask[:len(rows), :position + len(rows)]
             return self.model.layers[allowed[i]](
-                rows[None], self.cos[here], self.sin[here], seen, store
-            )[0]
+                rows[None], self.cos[here], self.sin[here], seen, store)[0]
 
         budget = len(allowed) - keep
         skipped = select_layers(layer, hidden, budget, smallest=budget).skip_sets[-1]
@@ -245,12 +214,10 @@ class Passes:
 
 # ---------------------------------------------------------------------------- drafts
 
-
 def follow(layer, x, cos, sin, mask, keys, values):
     """A layer of a draft: it sees the whole model's keys and values, and behind them its own."""
-    return layer(
-        x, cos, sin, mask, lambda k, v: (torch.cat((keys, k), 2), torch.cat((values, v), 2))
-    )
+    return layer(x, cos, sin, mask,
+                 lambda k, v: (torch.cat((keys, k), 2), torch.cat((values, v), 2)))
 
 
 def draft_mask(position: int, own: int) -> torch.Tensor:
@@ -259,27 +226,27 @@ def draft_mask(position: int, own: int) -> torch.Tensor:
     Of the last ``own`` tokens it sees its own, as the draft's step number ``own`` does in decoding.
     """
     place = torch.arange(WINDOW)[:, None] + position + 1
-    last = (place - own).clamp(min=position)  # the last token seen through the whole model
+    last = (place - own).clamp(min=position)           # the last seen through the whole model
     slot = torch.arange(LENGTH)
     own_slot = torch.arange(WINDOW) + position + 1
     seen = torch.cat((slot <= last, (own_slot > last) & (own_slot <= place)), 1)
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
-def draw_draft(rng: random.Random, most: bool) -> dict:
-    """What a row's draft is like: where it starts, how many layers, and which it may choose from.
+def draw_draft(rng: random.Random, late: bool) -> dict:
+    """What a row's draft is like: where it starts, how many layers it has, and out of which.
 
-    most: from at least three quarters of them, nearly as in decoding; else from any subset.
+    At first any subset of the layers may be allowed, so that many learn to draft. Late it is as in
+    decoding: all are allowed, and most drafts have as many as the default keeps.
     """
-    keep = rng.randint(3, 6) if rng.random() < 0.8 else rng.randint(7, LAYERS // 2)
-    allowed = rng.sample(range(LAYERS), rng.randint(LAYERS * 3 // 4 if most else keep, LAYERS))
-    allowed.sort()
-    return {
-        "position": rng.randrange(4, LENGTH - WINDOW),
-        "own": rng.randint(1, OWN),
-        "allowed": allowed,
-        "keep": keep,
-    }
+    if late:
+        allowed = list(range(LAYERS))
+        keep = KEPT if rng.random() < 0.7 else rng.randint(3, LAYERS // 2)
+    else:
+        keep = rng.randint(3, 6) if rng.random() < 0.8 else rng.randint(7, LAYERS // 2)
+        allowed = sorted(rng.sample(range(LAYERS), rng.randint(keep, LAYERS)))
+    return {"position": rng.randrange(4, LENGTH - WINDOW), "own": rng.randint(1, OWN),
+            "allowed": allowed, "keep": keep}
 
 
 def cross_entropy(logits, targets):
@@ -288,12 +255,9 @@ def cross_entropy(logits, targets):
 
 def divergence(logits, teacher):
     """Mean KL(whole || draft) over the tokens."""
-    return F.kl_div(
-        logits.float().log_softmax(-1).flatten(0, 1),
-        teacher.float().log_softmax(-1).flatten(0, 1),
-        log_target=True,
-        reduction="batchmean",
-    )
+    return F.kl_div(logits.float().log_softmax(-1).flatten(0, 1),
+                    teacher.float().log_softmax(-1).flatten(0, 1),
+                    log_target=True, reduction="batchmean")
 
 
 def losses(passes: Passes, batch, drafting: bool, late: bool, rng: random.Random):
@@ -311,7 +275,7 @@ def losses(passes: Passes, batch, drafting: bool, late: bool, rng: random.Random
         with torch.autocast(tokens.device.type, enabled=False):
             kept = passes.choose(row, start, draw["allowed"], draw["keep"], states, caches)
         drafts.append(passes.draft(tokens, row, start, draw["own"], kept, caches))
-        targets.append(states[-1][row : row + 1, start + 1 : start + 1 + WINDOW].detach())
+        targets.append(states[-1][row:row + 1, start + 1:start + 1 + WINDOW].detach())
     with torch.no_grad():
         teacher = model.logits(torch.cat(targets))
     return loss, passes.divergence(model.logits(torch.cat(drafts)), teacher)
@@ -319,14 +283,13 @@ def losses(passes: Passes, batch, drafting: bool, late: bool, rng: random.Random
 
 # ---------------------------------------------------------------------------- what comes of it
 
-
 @torch.no_grad()
 def held_out(passes: Passes, stories: list[list[int]], count: int = 4) -> dict[str, float]:
-    """Losses on stories held out: the whole model's, drafts' with half and with 4 of the layers.
+    """Losses on stories held out: the whole model's, and drafts' with half the layers and with 4.
 
     ``even`` is the loss with every other layer skipped from the first token on, which is no draft:
-    it never sees the whole model's keys and values. ``agree``: how often a draft's likeliest token
-    is the whole model's. ``sets``: how many different sets the DP chose for that.
+    it never sees the whole model's keys and values. ``agree``: how often a draft's most likely
+    token is the whole model's. ``sets``: how many different sets the DP chose for that.
     """
     model = passes.model
     rng = random.Random(0)
@@ -344,12 +307,12 @@ def held_out(passes: Passes, stories: list[list[int]], count: int = 4) -> dict[s
         for row in range(ROWS):
             start = rng.randrange(4, LENGTH - WINDOW)
             window = slice(start + 1, start + 1 + WINDOW)
-            best = model.logits(states[-1][row : row + 1, window]).argmax(-1)
+            best = model.logits(states[-1][row:row + 1, window]).argmax(-1)
             for name, keep in (("half", LAYERS // 2), ("few", 4)):
                 with torch.autocast(tokens.device.type, enabled=False):
                     kept = passes.choose(row, start, list(range(LAYERS)), keep, states, caches)
                 logits = model.logits(passes.draft(tokens, row, start, 2, kept, caches))
-                text = batch[row : row + 1, start + 2 : start + 2 + WINDOW]
+                text = batch[row:row + 1, start + 2:start + 2 + WINDOW]
                 sums[name] += cross_entropy(logits, text).item() / ROWS
                 sums["agree " + name] += (logits.argmax(-1) == best).float().mean().item() / ROWS
             chosen.add(tuple(kept))
@@ -358,32 +321,20 @@ def held_out(passes: Passes, stories: list[list[int]], count: int = 4) -> dict[s
 
 def write_folder(model: Llama, tokenizer: Tokenizer, out: Path):
     """The Hugging Face folder, in bfloat16."""
-    weights = {
-        name: view.to("cpu", torch.bfloat16).contiguous()
-        for name, view in named_weights(model).items()
-    }
+    weights = {name: view.to("cpu", torch.bfloat16).contiguous()
+               for name, view in named_weights(model).items()}
     out.mkdir(parents=True, exist_ok=True)
     save_file(weights, out / "model.safetensors.new", metadata={"format": "pt"})
     os.replace(out / "model.safetensors.new", out / "model.safetensors")
     ids = {"bos_token_id": 0, "eos_token_id": 1}
     files = {
-        "config.json": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            **vars(CONFIG),
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            **ids,
-            "dtype": "bfloat16",
-        },
+        "config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+                        **vars(CONFIG), "hidden_act": "silu", "attention_bias": False,
+                        "mlp_bias": False, **ids,
+                        "dtype": "bfloat16"},
         "generation_config.json": ids | {"clasp": SETTINGS},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": BEGIN,
-            "eos_token": END,
-        },
-    }
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BEGIN,
+                                  "eos_token": END}}
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2) + "\n")
     tokenizer.save(str(out / "tokenizer.json"))
@@ -391,23 +342,19 @@ def write_folder(model: Llama, tokenizer: Tokenizer, out: Path):
 
 # ---------------------------------------------------------------------------- running
 
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "stories",
-        type=Path,
-        help="plain text, a line <|endoftext|> after each story; may be gzipped",
-    )
+    add("stories", type=Path, help="text, a line <|endoftext|> after each story; may be gzipped")
     add("--out", type=Path, required=True, help="folder for the model and the state to resume from")
-    add("--steps", type=int, default=2500)
+    add("--steps", type=int, default=3500)
     add("--rate", type=float, default=5e-3, help="peak learning rate")
     add("--weight-decay", type=float, default=0.1, help="of the layers' matrices")
-    add(
-        "--draft-weight", type=float, default=2.0, help="of the drafts' divergence in the last part"
-    )
+    add("--draft-weight", type=float, default=1.5,
+        help="of the drafts' divergence in the last part; 1 before it")
     add("--save-every", type=int, default=100)
+    add("--average", nargs="+", metavar="STATE=SHARE", default=[],
+        help="do not train: write the folder of the mean of these states, as old.pt=0.4 new.pt=0.6")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -427,20 +374,22 @@ def new_model(device: str) -> Llama:
 def make_optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    return [
-        torch.optim.Muon(
-            matrices, lr=args.rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    return [torch.optim.Muon(matrices, lr=args.rate, weight_decay=args.weight_decay,
+                             adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def average(model: Llama, paths: list[Path], shares: list[float]):
+    """Fill the model with the mean of saved states, weighted by ``shares``, which sum to 1."""
+    states = [torch.load(path, map_location="cpu", weights_only=True)["model"] for path in paths]
+    mean = {name: sum(share * state[name] for share, state in zip(shares, states))
+            for name in states[0]}
+    model.load_state_dict(mean)
 
 
 def save(model: Llama, optimizers, step: int, path: Path):
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-    }
+    state = {"step": step, "model": model.state_dict(),
+             "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     torch.save(state, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
@@ -454,7 +403,7 @@ def load(model: Llama, optimizers, path: Path, args) -> int:
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     for group in optimizers[0].param_groups:
-        group["weight_decay"] = args.weight_decay  # may be changed on resuming
+        group["weight_decay"] = args.weight_decay                 # may be changed on resuming
     return state["step"]
 
 
@@ -463,13 +412,15 @@ def main():
     stories = read_stories(args.stories)
     tokenizer = learn_tokenizer(stories)
     train, test = encode(stories, tokenizer)
-    print(
-        f"{len(train)} stories of {sum(map(len, train)):,} tokens, {len(test)} held out",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"{len(train)} stories of {sum(map(len, train)):,} tokens, {len(test)} held out",
+          file=sys.stderr, flush=True)
 
     model = new_model(args.device)
+    if args.average:
+        pairs = [pair.rsplit("=", 1) for pair in args.average]
+        average(model, [Path(path) for path, _ in pairs], [float(share) for _, share in pairs])
+        write_folder(model, tokenizer, args.out)
+        return
     optimizers = make_optimizers(model, args)
     first = load(model, optimizers, args.out / "state.pt", args)
     passes = Passes(model)
@@ -497,22 +448,15 @@ def main():
                 shown[name] = 0.95 * shown.get(name, value.item()) + 0.05 * value.item()
         if step % 20 == 0:
             pace = (time.time() - started) / (step + 1 - first)
-            print(
-                f"step {step}/{args.steps}  "
-                + "  ".join(f"{k} {v:.3f}" for k, v in shown.items())
-                + f"  rate {rate:.1e}  {pace:.2f} s/step  {pace * (args.steps - step - 1) / 60:.0f}"
-                " min left",
-                file=sys.stderr,
-                flush=True,
-            )
+            minutes = pace * (args.steps - step - 1) / 60
+            means = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
+            print(f"step {step}/{args.steps}  {means}  rate {rate:.1e}  {pace:.2f} s/step"
+                  f"  {minutes:.0f} min left", file=sys.stderr, flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             with torch.autocast(batch.device.type, dtype=torch.bfloat16):
                 scores = held_out(passes, test)
-            print(
-                f"step {step + 1}: held-out "
-                + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()),
-                flush=True,
-            )
+            print(f"step {step + 1}: held-out "
+                  + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()), flush=True)
             write_folder(model, tokenizer, args.out)
             save(model, optimizers, step + 1, args.out / "state.pt")
 
