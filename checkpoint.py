@@ -109,6 +109,10 @@ LLAMA3_SCALING = [
 ]
 
 
+# Of RoPE's fields, those that may stand in config.json itself.
+BESIDE_ROPE = ["original_max_position_embeddings", "partial_rotary_factor"]
+
+
 def read_config(folder: Path) -> Config:
     """config.json -> Config. Refuses, by name, whatever model.py would compute wrongly."""
     path = folder / "config.json"
@@ -120,8 +124,10 @@ def read_config(folder: Path) -> Config:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ModelError(f"{path}: the RoPE fields are no object")
+    beside = {name: raw[name] for name in BESIDE_ROPE if name in raw}
+    rope = rope | beside                                 # they win, as in transformers
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    refuse_other_architectures(path, raw, rope_type)
+    refuse_other_architectures(path, raw, rope, rope_type)
     try:
         scaling = None
         if rope_type == "llama3":
@@ -150,7 +156,7 @@ def positive(name: str, value) -> float:
     return number
 
 
-def refuse_other_architectures(path: Path, raw: dict, rope_type: str):
+def refuse_other_architectures(path: Path, raw: dict, rope: dict, rope_type: str):
     """Raise ModelError for what is not a plain LLaMA."""
     model_type = raw.get("model_type")
     activation = raw.get("hidden_act", "silu")
@@ -159,7 +165,7 @@ def refuse_other_architectures(path: Path, raw: dict, rope_type: str):
         (not raw.get("attention_bias"), "attention biases"),
         (not raw.get("mlp_bias"), "MLP biases"),
         (activation == "silu", f"activation {activation!r}, not 'silu'"),
-        (raw.get("partial_rotary_factor", 1) == 1, "rotating only a part of each head"),
+        (rope.get("partial_rotary_factor", 1) == 1, "rotating only a part of each head"),
         (not raw.get("quantization_config"), "quantised weights"),
         (rope_type in ("default", "llama3"), f"rope_type {rope_type!r}, not 'default' or 'llama3'"),
     ]
@@ -376,7 +382,9 @@ class Tokenizer:
         ids = list(prompt)
         start = 0                                      # decoding begins here
         shown = len(prompt)                            # the text of the tokens before this is out
-        known = self.decode(prompt).rstrip(BROKEN)     # the text from start to shown
+        known = self.decode(prompt)                    # the text from start to shown
+        if not self.is_text_of(prompt, known):         # a character is cut at the end
+            known = known.rstrip(BROKEN)
         for token in tokens:
             ids.append(token)
             piece = self.decode(ids[start:])[len(known):]
@@ -388,6 +396,11 @@ class Tokenizer:
                 yield piece
         if shown < len(ids):
             yield self.decode(ids[start:])[len(known):]
+
+    def is_text_of(self, ids: list[int], text: str) -> bool:
+        """Does a text make these tokens, but for special ones?"""
+        ordinary = [i for i in ids if i not in self.special_ids]
+        return self.library.encode(text, add_special_tokens=False).ids == ordinary
 
     def is_undecided(self, token: int) -> bool:
         """Is it a byte such as <0xE6>, of LLaMA 1 and 2? Or special: bytes join across those."""

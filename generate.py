@@ -15,11 +15,15 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # Ctrl-C while PyTorch loads: just end
 
 import torch
 
@@ -582,6 +586,8 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")       # some terminals have no UTF-8
     sys.exit(main())

@@ -212,16 +212,26 @@ class KVCache:
         self.values[layer][:, :, slot:slot + rows] = storable(v)
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
+    def has_overflowed(self, start: int, end: int) -> bool:
+        """Were keys or values of these slots too large for float16?  See ``storable``."""
+        if self.slots.dtype != torch.float16 or start == end:
+            return False
+        return bool(self.slots[..., start:end, :].abs().amax() >= LARGEST_FLOAT16)
+
+
+LARGEST_FLOAT16 = 65504.0
+
 
 def storable(x: Tensor) -> Tensor:
-    """Keys or values as they go into the cache: in float16 without what overflowed.
+    """Keys or values as they go into the cache: in float16 with its largest number for an overflow.
 
     A draft's wrong token may overflow where the text itself does not. Rows before it do not look
-    there, but a masked NaN would spoil them all the same: -inf + NaN and 0 * NaN are NaN.
+    there, but a masked NaN would spoil them all the same: -inf + NaN and 0 * NaN are NaN. If the
+    text itself overflows, ``KVCache.has_overflowed`` tells.
     """
     if x.dtype != torch.float16:
         return x
-    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return x.nan_to_num(nan=LARGEST_FLOAT16, posinf=LARGEST_FLOAT16, neginf=-LARGEST_FLOAT16)
 
 
 def whole_blocks(slots: int) -> int:

@@ -138,8 +138,14 @@ class Text:
         """
         self.tokens.append(token)
         self.roll_back()
+        self.require_in_range(self.cache.length - 1)
         self.stats.tokens.append(token)
         self.stats.sources.append(source)
+
+    def require_in_range(self, start: int):
+        """Refuse keys and values, from a slot on, that were too large for the dtype."""
+        overflowed = self.cache.has_overflowed(start, self.cache.length)
+        refuse_overflow(overflowed, self.cache.slots.dtype)
 
     @contextmanager
     def timed(self, name: str):
@@ -312,7 +318,9 @@ def new_text(
     rng = torch.Generator(model.device).manual_seed(seed)
     text = Text(model, cache, list(prompt), end, width, temperature, top_p, rng, stop, stats)
     with text.timed("prefill"):
-        hidden = prefill(model, cache, prompt[cache.length:-1])
+        known = cache.length
+        hidden = prefill(model, cache, prompt[known:-1])
+        text.require_in_range(known)
     return text, hidden
 
 
@@ -682,9 +690,13 @@ def require_room(cache: KVCache, prompt: list[int], end: int, width: int):
 
 def require_finite(logits: Tensor):
     """Refuse logits of the text's own rows that are NaN or infinite."""
-    if logits.max().isfinite():                                  # NaN counts as the maximum
+    refuse_overflow(not logits.max().isfinite(), logits.dtype)   # NaN counts as the maximum
+
+
+def refuse_overflow(overflowed: bool, dtype: torch.dtype):
+    if not overflowed:
         return
     advice = ""
-    if logits.dtype != torch.float32:
-        advice = f", or {logits.dtype} is too narrow for it (then use float32)"
+    if dtype != torch.float32:
+        advice = f", or {dtype} is too narrow for it (then use float32)"
     raise ModelError(f"the model computes NaN or infinity: its weights are damaged{advice}")

@@ -9,6 +9,7 @@ Each question is decoded by all methods at once, a token of each in turn, after 
 times. Results of the table go to --out at once; a stopped run goes on from there.
 """
 import argparse
+import os
 import random
 import re
 import shlex
@@ -175,6 +176,8 @@ def run(argv: list[str]):
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 2 for a user's mistake, said in one line; 130 after Ctrl-C."""
+    if sys.stderr is None:                               # closed; bars of progress want one
+        sys.stderr = open(os.devnull, "w")
     try:
         run(sys.argv[1:] if argv is None else argv)
         return 0

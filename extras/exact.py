@@ -59,14 +59,18 @@ def is_even(model: Llama, width: int) -> bool:
 
 @torch.inference_mode()
 def passes_agree(model: Llama, width: int) -> bool:
-    """Does a pass of ``width`` tokens give them the logits that each has in a pass by itself?"""
+    """Does a pass of ``width`` tokens give them the logits that each has in a pass by itself?
+
+    They lie in one block of the cache, as those of every pass do.
+    """
     random = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (width + 1,), generator=random).tolist()
+    count = min(width, BLOCK - 1)
+    tokens = torch.randint(model.config.vocab_size, (count + 1,), generator=random).tolist()
     cache = KVCache(model, BLOCK + width, width)
     prefill(model, cache, tokens[:1])
     _, together = full_pass(model, cache, tokens[1:], width)
     together = together.clone()          # with CUDA graphs the next pass takes its place
-    for place in (width - 1, width // 2, 0):         # the last first: a pass overwrites later slots
+    for place in (count - 1, count // 2, 0):         # the last first: a pass overwrites later slots
         cache.length = 1 + place
         _, alone = full_pass(model, cache, tokens[1 + place:2 + place], width)
         # In float16 a random token may overflow: NaN is to equal NaN.

@@ -18,6 +18,7 @@ All that is not on an x86 CPU stays with nn.Linear. Attention is exchanged too (
 
 Read ``pack`` first.
 """
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,7 +66,8 @@ def pack(model: Llama) -> Llama:
         layers = threads.map(pack_layer, model.layers)
         if model.embed.weight.numel() >= SLOW_TO_PACK:
             from tqdm import tqdm  # comes with huggingface-hub
-            layers = tqdm(layers, "packing weights", len(model.layers), leave=False, disable=None)
+            layers = tqdm(layers, "packing weights", len(model.layers), leave=False,
+                          disable=None if sys.stderr else True)
         for _ in layers:
             pass
         if head.result() is not model.embed:
@@ -107,7 +109,8 @@ def choose_products(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
 def saved_in_16_bits(weight: Tensor) -> bool:
     """Can float16 or bfloat16 hold these numbers? Raises ModelError for NaN or infinity."""
     if not weight.abs().amax().isfinite():               # FBGEMM would make large numbers of them
-        raise ModelError("the model's weights are damaged: they hold NaN or infinity")
+        narrow = ", or float16 is too narrow for them" if weight.dtype == torch.float16 else ""
+        raise ModelError(f"the model's weights are damaged: they hold NaN or infinity{narrow}")
     in_float16 = torch.equal(weight.half().to(weight), weight)
     return in_float16 or torch.equal(weight.bfloat16().to(weight), weight)
 

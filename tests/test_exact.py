@@ -23,7 +23,7 @@ import speculative
 from checkpoint import BUNDLED, load_model
 from extras import attention
 from extras.exact import exact_width, is_even, passes_agree
-from model import BLOCK, KVCache
+from model import BLOCK, KVCache, ModelError
 from speculative import (
     Draft,
     Drafter,
@@ -300,6 +300,25 @@ def test_a_drafted_token_that_overflows_leaves_greedy_text_as_it_is(width):
     assert list(written) == list(autoregressive(model, [1, 2, 3], 40, width=width))
     assert stats.drafted > 40 and stats.accepted == 0
     assert valid(cache).isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+@pytest.mark.parametrize("prompt", [[1, 2, 3], [1]], ids=["prefill", "decoding"])
+@pytest.mark.parametrize("decoding", [autoregressive, clasp])
+def test_a_texts_own_keys_and_values_that_float16_cannot_hold_are_refused(part, prompt, decoding):
+    """Also where the logits are finite all the same."""
+    model = random_model(layers=3).to(torch.float16)
+    layer = model.layers[1]
+    rows = layer.kv_heads * layer.head_dim
+    first = layer.heads * layer.head_dim + (rows if part == "values" else 0)
+    layer.qkv.weight[first:first + rows] *= 3e4
+    with pytest.raises(ModelError, match="too narrow"):
+        list(decoding(model, prompt, 10))
+
+
+@pytest.mark.thorough
+def test_the_longest_draft_has_a_width_too(bundled):
+    assert exact_width(bundled, BLOCK - 1) is None or exact_width(bundled, BLOCK) is not None
 
 
 def test_a_token_that_overflows_does_not_hide_the_width():

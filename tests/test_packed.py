@@ -1,5 +1,6 @@
 """packed.py computes what the model computes: every remedy, every dtype, every number of rows."""
 import copy
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -162,6 +163,12 @@ def test_only_models_with_large_layers_share_their_work_among_threads(inner, thr
         assert torch.get_num_threads() == (threads if DEVICE == "cpu" else 2)
     finally:
         torch.set_num_threads(before)
+
+
+def test_packing_a_large_model_shows_no_progress_where_standard_error_is_closed(monkeypatch):
+    monkeypatch.setattr(packed, "SLOW_TO_PACK", 1)
+    monkeypatch.setattr(sys, "stderr", None)
+    pack(random_model())
 
 
 def test_quick_norm_is_rms_norm():

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -391,6 +392,17 @@ def check_ctrl_c(folder, *argv):
 
 def test_ctrl_c_keeps_the_text_and_prints_the_statistics(long_folder):
     check_ctrl_c(long_folder)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0])
+def test_ctrl_c_while_the_program_loads_ends_it_without_a_traceback(long_folder, seconds):
+    run = start(long_folder)
+    time.sleep(seconds)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode in (130, -signal.SIGINT)
+    assert b"Traceback" not in err
 
 
 @pytest.mark.thorough
