@@ -29,6 +29,7 @@ import torch
 
 from checkpoint import BUNDLED, Tokenizer, find_folder, load_model, suggested_settings
 from extras.auto import Auto
+from extras.chat import Conversation, talk
 from extras.exact import exact_width
 from extras.lookup import MOST, Lookup
 from extras.packed import choose_threads, pack
@@ -89,7 +90,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def add_text_arguments(parser: Parser):
     add = parser.add_argument
     prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", default=PROMPT, help="default: %(default)r")
+    prompt.add_argument("--prompt", metavar="TEXT", help=f"default: {PROMPT!r}")
     prompt.add_argument("--prompt-file", metavar="FILE",
                         help="read the prompt from a file, - for standard input")
     add("--model", metavar="PATH_OR_REPO", default=str(BUNDLED),
@@ -102,7 +103,9 @@ def add_text_arguments(parser: Parser):
     add("--top-p", type=float, default=1.0, metavar="P",
         help="sample from the likeliest tokens that reach P together; default: 1")
     add("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
-    add("--chat", action="store_true", help="wrap the prompt in the model's own chat template")
+    add("--chat", action="store_true",
+        help="wrap the prompt in the model's own chat template; without a prompt: a conversation, "
+             "a message a line")
 
 
 def add_clasp_arguments(parser: Parser):
@@ -154,7 +157,7 @@ def read_prompt(args: argparse.Namespace) -> str:
             "cannot read the prompt: standard input is closed")
     try:
         if args.prompt_file is None:
-            prompt = args.prompt
+            prompt = PROMPT if args.prompt is None else args.prompt
             prompt.encode()                            # fails if the shell gave no UTF-8
         elif reads_stdin:
             prompt = as_text(sys.stdin.buffer.read())
@@ -513,28 +516,53 @@ def explain_difference(
 
 def run(args: argparse.Namespace) -> int:
     require(sys.stdout is not None, "standard output is closed")
-    prompt_text = read_prompt(args)
+    if args.chat and args.prompt is None and args.prompt_file is None:
+        return converse(args)
+    return write(args)
+
+
+def prepare(args: argparse.Namespace, text: str) -> tuple[Decoder, Tokenizer, list[int]]:
+    """Decoder, tokenizer, and the text's tokens. Most is refused before the weights are read."""
     device, dtype = choose_device(args.device, args.dtype)
     require(device.type == "cuda" or not args.cuda_graphs,
             f"--cuda-graphs needs an NVIDIA GPU, and the device is {device}")
-    require_trace(args)
     folder = find_folder(args.model)
     tokenizer = Tokenizer(folder)
-    prompt = tokenizer.encode(prompt_text, args.chat)
-    model = prepare_model(args, folder, device, dtype)
-    decoder = Decoder(args, folder, model, tokenizer.stop)
+    prompt = tokenizer.encode(text, args.chat)
+    decoder = Decoder(args, folder, prepare_model(args, folder, device, dtype), tokenizer.stop)
     if args.method == "clasp" and decoder.wants_exact and decoder.width is None:
         say("not exact: kernels here round differently by a row's place, whatever the pass's width")
+    return decoder, tokenizer, prompt
+
+
+def converse(args: argparse.Namespace) -> int:
+    """Talk, see extras/chat.py."""
+    for option in ("compare", "show_drafts", "show_skips", "trace"):
+        require(not getattr(args, option),
+                f"--{option.replace('_', '-')} is for one text: give --chat a --prompt too")
+    require(sys.stdin is not None, "standard input is closed")
+    decoder, tokenizer, _ = prepare(args, "Hello")
+    drafter = decoder.drafter if args.method == "clasp" else None
+    conversation = Conversation(decoder.model, tokenizer, drafter, args.max_new_tokens,
+                                decoder.width, **decoder.sampling)
+    talk(conversation, args.json, say)
+    return 0
+
+
+def write(args: argparse.Namespace) -> int:
+    """Write one text."""
+    prompt_text = read_prompt(args)
+    require_trace(args)
+    decoder, tokenizer, prompt = prepare(args, prompt_text)
     if args.compare:
         decoder.warm_up(prompt)
     if args.trace:
         decoder.drafter = Traced(decoder.drafter)
-
     stats = Stats()
     plain_ends = []
     pieces = tokenizer.stream(prompt, decoder.write(prompt, stats))
     text, interrupted = write_text(args, prompt_text, pieces, stats)
-    report(args, stats, len(model.layers))
+    report(args, stats, len(decoder.model.layers))
     comparison = {}
     if args.compare and not interrupted:
         try:

@@ -1,0 +1,204 @@
+"""A conversation: turn after turn with one KV cache and one drafter.
+
+``Conversation.answer`` gives the answer to a message, in pieces. The chat template is asked for the
+*whole* conversation each time, and what the cache holds already, the longest common prefix of the
+token ids, does not go through the model again. So a template that rewrites earlier turns stays
+right, and costs time only. The drafter keeps what it learned; its text is all that was said.
+
+``talk`` is the loop over messages, on a terminal or from a file.
+"""
+import contextlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+from model import KVCache, Llama
+from speculative import Drafter, SettingsError, Stats, autoregressive, decode, require
+
+HELP = "/new starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help says this"
+SIGN = "> "                   # asks for a message
+
+
+class Conversation:
+    """What was said, and what the model's cache holds of it."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer,
+        drafter: Drafter | None,
+        max_new_tokens: int,
+        width: int | None = None,
+        **sampling,
+    ):
+        """tokenizer: a ``checkpoint.Tokenizer``, with a chat template. drafter: None is plain
+        decoding. max_new_tokens: of an answer. width, sampling: see ``speculative.new_text``.
+        """
+        self.model = model
+        self.tokenizer = tokenizer
+        self.drafter = drafter
+        self.max_new_tokens = max_new_tokens
+        self.width = width
+        self.sampling = sampling
+        self.rows = max(width or 1, drafter.scratch if drafter else 0)
+        self.cache = KVCache(model, 1, self.rows)
+        self.start_over()
+        tokenizer.encode(["Hello"], chat=True)           # refuses a model without a template
+
+    def start_over(self):
+        self.messages: list[str] = []                    # the user's and the model's in turn
+        self.known: list[int] = []                       # the tokens that the cache holds
+        self.stats = Stats()                             # of the last answer
+        self.prefilled = 0                               # tokens of its prompt that were new
+
+    def answer(self, message: str) -> Iterator[str]:
+        """The answer in pieces. If the caller stops early, what was said so far is kept.
+
+        Raises SettingsError, with nothing changed, if the context has no room for an answer.
+        """
+        prompt = self.tokenizer.encode([*self.messages, message], chat=True)
+        count = self.room_after(prompt)
+        self.make_room(len(prompt) + count)
+        shared = common_prefix(self.known, prompt[:-1])
+        self.known = prompt[:shared]                     # more, once it is computed
+        self.cache.length = shared
+        self.prefilled = len(prompt) - 1 - shared
+        self.stats = Stats()
+        said = []
+        try:
+            for piece in self.tokenizer.stream(prompt, self.tokens(prompt, count)):
+                said.append(piece)
+                yield piece
+        finally:
+            if self.stats.tokens:
+                self.known = [*prompt, *self.stats.tokens[:-1]]
+                self.messages += [message, "".join(said)]
+
+    def tokens(self, prompt: list[int], count: int) -> Iterator[int]:
+        settings = {"stats": self.stats, "cache": self.cache, **self.sampling}
+        if self.drafter is None:
+            return autoregressive(self.model, prompt, count, **settings)
+        return decode(self.model, prompt, count, self.drafter, width=self.width, **settings)
+
+    def room_after(self, prompt: list[int]) -> int:
+        """How many tokens the answer may have."""
+        context = self.model.config.max_position_embeddings
+        left = context - len(prompt)
+        require(left >= 1, f"no room for an answer: with this message the conversation has "
+                           f"{len(prompt)} tokens, and the model's context {context}; /new starts "
+                           "over, a shorter message may fit")
+        return min(self.max_new_tokens, left)
+
+    def make_room(self, tokens: int):
+        """A larger cache, if need be, with what the old one holds."""
+        if tokens <= self.cache.tokens:
+            return
+        context = self.model.config.max_position_embeddings
+        larger = KVCache(self.model, min(context, 2 * tokens), self.rows)
+        held = len(self.known)
+        larger.slots[..., :held, :] = self.cache.slots[..., :held, :]
+        larger.length = held
+        self.cache = larger
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """How many tokens two lists share at their beginning."""
+    pairs = zip(a, b)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+# ---------------------------------------------------------------------------- messages, one by one
+
+def talk(conversation: Conversation, as_json: bool, say: Callable[[str], None]):
+    """Answer messages until there are no more. say: prints a line to standard error.
+
+    On a terminal there are a sign, line editing and history; else each line is a message. With
+    ``as_json`` an answer is one JSON object.
+    """
+    on_terminal = sys.stdin.isatty()
+    if on_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history for input()
+        say(HELP)
+    while (message := read_message(on_terminal)) != "/quit":
+        if message == "/new":
+            conversation.start_over()
+            say("a new conversation")
+        elif message == "/help":
+            say(HELP)
+        elif message:
+            take_turn(conversation, message, as_json, say)
+
+
+def read_message(on_terminal: bool) -> str:
+    """A line without the white space around it; /quit at the end of the input."""
+    try:
+        return input(SIGN if on_terminal else "").strip()
+    except EOFError:
+        if on_terminal:
+            print()
+        return "/quit"
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"cannot read a message: {error}") from None
+    except KeyboardInterrupt:                            # drops the line that was begun
+        if not on_terminal:
+            raise
+        print()
+        return ""
+
+
+def take_turn(
+    conversation: Conversation, message: str, as_json: bool, say: Callable[[str], None]
+):
+    said = []
+    interrupted = False
+    try:
+        with contextlib.closing(conversation.answer(message)) as pieces:
+            for piece in pieces:
+                said.append(piece)
+                if not as_json:
+                    print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    except SettingsError as error:                       # the context is full: nothing is lost
+        say(str(error))
+        if as_json:
+            print(json.dumps({"message": message, "error": str(error)}), flush=True)
+        return
+    if as_json:
+        print(json.dumps(turn_as_json(conversation, message, "".join(said), interrupted)),
+              flush=True)
+    else:
+        print(flush=True)
+    say(("interrupted; " if interrupted else "") + summary(conversation))
+
+
+def summary(conversation: Conversation) -> str:
+    """Statistics of the last answer in a line: speed, tau, and who wrote its tokens."""
+    stats = conversation.stats
+    wrote = Counter(source or "the whole model" for source in stats.sources)
+    shares = ", ".join(f"{name} {count}" for name, count in wrote.most_common())
+    return (f"[{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, tau "
+            f"{stats.tau:.2f}; written by {shares or 'nobody'}; prompt: {conversation.prefilled} "
+            f"new tokens in {stats.prefill_seconds:.2f} s]")
+
+
+def turn_as_json(
+    conversation: Conversation, message: str, text: str, interrupted: bool
+) -> dict:
+    stats = conversation.stats
+    return {
+        "message": message,
+        "text": text,
+        "tokens": stats.tokens,
+        "interrupted": interrupted,
+        "prefilled": conversation.prefilled,
+        "prefill_seconds": stats.prefill_seconds,
+        "seconds": stats.seconds,
+        "tokens_per_second": stats.tokens_per_second,
+        "tau": stats.tau,
+        "drafted": stats.drafted,
+        "accepted": stats.accepted,
+        "sources": Counter(source or "model" for source in stats.sources),
+    }
