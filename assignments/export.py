@@ -88,7 +88,8 @@ def export(out: Path, problems: list[int]):
     shutil.copytree(HERE / "checks", out / "checks", ignore=IGNORED)
     for name in ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore"):
         shutil.copy(ROOT / name, out)
-    shutil.copy(ROOT / "extras" / "trace.html", out / "extras")          # trace.py's page
+    for name in ("trace.html", "trace.css"):                             # trace.py's page
+        shutil.copy(ROOT / "extras" / name, out / "extras")
     for name in ("grade.py", "leaderboard.py", "entry.py"):
         shutil.copy(HERE / name, out)
     write(out / "README.md", text)

@@ -128,7 +128,9 @@ def talk(conversation: Conversation, as_json: bool, say: Callable[[str], None]):
         elif message == "/help":
             say(HELP)
         elif message:
-            take_turn(conversation, message, as_json, say)
+            interrupted = take_turn(conversation, message, as_json, say)
+            if interrupted and not on_terminal:
+                raise KeyboardInterrupt
 
 
 def read_message(on_terminal: bool) -> str:
@@ -150,7 +152,8 @@ def read_message(on_terminal: bool) -> str:
 
 def take_turn(
     conversation: Conversation, message: str, as_json: bool, say: Callable[[str], None]
-):
+) -> bool:
+    """Answer a message, and print it all; did Ctrl-C end it?"""
     said = []
     interrupted = False
     try:
@@ -165,13 +168,14 @@ def take_turn(
         say(str(error))
         if as_json:
             print(json.dumps({"message": message, "error": str(error)}), flush=True)
-        return
+        return False
     if as_json:
         print(json.dumps(turn_as_json(conversation, message, "".join(said), interrupted)),
               flush=True)
     else:
         print(flush=True)
     say(("interrupted; " if interrupted else "") + summary(conversation))
+    return interrupted
 
 
 def summary(conversation: Conversation) -> str:

@@ -6,44 +6,30 @@
 that neither the loop nor the drafter knows of it, and nothing is slower where it is not used. What
 passes no drafter is made up for when the text is finished (``record``), from what was kept:
 
-    the DP's tables       the same call again, on the same states, with a measure that takes notes
+    the DP's tables       see dp_table.py
     p of a draft token    one pass of the whole model over the text
     the drawn numbers     the random generator again, from its state before each check
 
-The page is trace.html with the record in it as JSON: one file, which needs no network.
+The page is trace.html with trace.css and the record in it: one file, which needs no network.
 """
 import json
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
-from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dp_skip import Measure, cosines, distances, relative_distances, select_layers
+from dp_skip import Measure, distances, relative_distances
 from extras.auto import Auto
-from speculative import Draft, Drafter, Outcome, Text, as_row, clock, distribution, optimize
+from extras.dp_table import DPRun, dp_record, rounded
+from speculative import Draft, Drafter, Outcome, Text, as_row, clock, distribution
 
 TEMPLATE = Path(__file__).with_suffix(".html")
-PLACE = "RECORD_OF_THE_RUN"           # in the template, once: where the record goes
+PLACES = ("LOOK_OF_THE_PAGE", "RECORD_OF_THE_RUN")     # in the template, once each
 ROWS = 128                            # of the pass that computes p: the text goes in pieces
 CONTEXT = 16                          # tokens before a draft that its text may depend on
-
-
-class DPRun(NamedTuple):
-    """A run of the DP, with all that is needed to run it again."""
-    cycle: int                        # that came after it
-    new_tokens: int                   # that there were
-    length: int                       # of the cache
-    hidden: Tensor                    # (L+1, T, hidden size)
-    skip: frozenset[int]              # what the drafter made of it
-    smallest: int                     # it was for the budgets from this
-    budget: int                       # to this
-    measure: Measure
 
 
 @dataclass
@@ -87,11 +73,9 @@ class Traced(Drafter):
         self.times.clear()
         begin = self.now()
         draft = self.drafter.propose(text, most)
-        q = []
-        state = None
-        if text.temperature > 0 and draft.tokens:
-            q = [float(q[token]) for token, q in zip(draft.tokens, draft.distributions)]
-            state = text.rng.get_state()
+        drawn = text.temperature > 0
+        q = [float(q[t]) for t, q in zip(draft.tokens, draft.distributions)] if drawn else []
+        state = text.rng.get_state() if drawn and draft.tokens else None
         kept = draft._replace(distributions=[])        # they would fill the memory
         ends = [time - begin for time in self.times]
         self.cycles.append(Cycle(len(text.tokens), kept, q, ends, state))
@@ -199,53 +183,6 @@ def add_chances(written: list[dict], cycles: list[Cycle], text: Text):
             chances.append(float(p[position - start, token]))
 
 
-def dp_record(text: Text, run: DPRun) -> dict:
-    """The whole table of a run, for all budgets; see ``dp_cells``.
-
-    Rounding may depend on how many cells a call has, and decide between two that all but tie. So
-    the cells that counted are from the very call that the drafter made.
-    """
-    cells = dp_cells(text, run, smallest=0) | dp_cells(text, run, run.smallest)
-    layers = range(1, len(run.hidden))
-    return {
-        "cycle": run.cycle,
-        "new_tokens": run.new_tokens,
-        "skip": sorted(run.skip),
-        "budget": run.budget,
-        "tokens": run.hidden.shape[1],
-        "by_cosine": run.measure is distances,
-        "table": [[cells[i, j] for j in range(1, min(i, run.budget + 1))] for i in layers],
-    }
-
-
-def dp_cells(text: Text, run: DPRun, smallest: int) -> dict[tuple[int, int], list]:
-    """``select_layers`` once more, by a measure that writes down what it is asked.
-
-    Of each cell (i, j) that has a choice: is layer i run? Then of its two candidates, layer run
-    and layer skipped, the cosines, and the distances that decided.
-    """
-    calls = []                                         # of each layer: to run it, to skip it
-
-    def noted(candidates: Tensor, state: Tensor) -> Tensor:
-        apart = run.measure(candidates, state)
-        calls.append(list(zip(cosines(candidates, state), apart.tolist())))
-        return apart
-
-    layers = len(run.hidden) - 1
-    text.cache.length = run.length
-    select = partial(select_layers, smallest=smallest, measure=noted)
-    optimize(text.model, text.cache, run.hidden, run.budget, select)
-    cells = {}
-    for i in range(1, layers + 1):
-        columns = range(max(1, smallest - (layers - i)), min(i, run.budget + 1))
-        if columns:
-            to_run, to_skip = calls.pop(0), calls.pop(0)
-            for j, (cosine, apart), (skip_cosine, skip_apart) in zip(columns, to_run, to_skip):
-                numbers = rounded([cosine, skip_cosine, apart, skip_apart])
-                cells[i, j] = [int(apart <= skip_apart), *numbers]
-    return cells
-
-
 def pieces(tokenizer, before: list[int], tokens: list[int]) -> list[str]:
     """The text that each token adds; "" within a character of several tokens."""
     found = list(tokenizer.stream(before, tokens))
@@ -253,12 +190,10 @@ def pieces(tokenizer, before: list[int], tokens: list[int]) -> list[str]:
     return found if tokens else []
 
 
-def rounded(numbers: list[float]) -> list[float | None]:
-    """To five digits; None for what JSON has no number for."""
-    return [float(f"{x:.5g}") if isfinite(x) else None for x in numbers]
-
-
 def page(found: dict) -> str:
     """The page, a whole HTML file, of what ``record`` found."""
-    written = json.dumps(found, separators=(",", ":"))
-    return TEMPLATE.read_text(encoding="utf-8").replace(PLACE, written.replace("<", "\\u003c"))
+    written = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for place, content in zip(PLACES, (TEMPLATE.with_suffix(".css").read_text(), written)):
+        text = text.replace(place, content)
+    return text

@@ -9,7 +9,8 @@ import sys
 from contextlib import closing
 
 import pytest
-from conftest import DEVICE, ROOT, width_for
+import torch
+from conftest import DEVICE, ROOT, feed, valid, width_for
 from folders import small_folder
 
 import speculative
@@ -18,6 +19,7 @@ from extras.auto import Auto
 from extras.chat import Conversation, common_prefix
 from extras.lookup import Lookup
 from extras.worth import SHAPE
+from model import KVCache
 from speculative import Clasp, SettingsError, autoregressive
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
@@ -144,6 +146,18 @@ def test_the_cache_grows_with_the_conversation_and_keeps_what_it_holds(model, to
     assert conversation.prefilled < conversation.cache.length / 4
 
 
+def test_the_cache_holds_the_tokens_it_is_said_to_hold(model, tokenizer):
+    """Also after it has grown: keys and values as a prefill of these tokens computes them."""
+    conversation = new_conversation(model, tokenizer, Lookup())
+    for message in ["The king", "word " * 150, "Why?"]:
+        say(conversation, message)
+        held = conversation.known
+        fresh = KVCache(model, len(held))
+        feed(model, fresh, held)
+        torch.testing.assert_close(valid(conversation.cache, len(held)), valid(fresh),
+                                   atol=1e-4, rtol=1e-4)
+
+
 # ---------------------------------------------------------------- stopped answers
 
 def test_of_an_answer_that_is_stopped_what_was_said_is_kept(model, tokenizer):
@@ -232,6 +246,21 @@ def test_json_is_one_object_a_turn(folder, model, tokenizer):
         model, tokenizer, [MESSAGES[0], turns[0]["text"], MESSAGES[1]])
     assert not turns[1]["interrupted"]
     assert sum(turns[1]["sources"].values()) == TOKENS
+
+
+def test_without_a_terminal_ctrl_c_ends_the_program_after_what_was_said(tmp_path):
+    folder = small_folder(tmp_path / "model", context=8192)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    command = [*COMMAND, "--model", str(folder), "--max-new-tokens", "6000"]
+    run = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, bufsize=0)
+    run.stdin.write("Tell me.\nAnd then?\n")
+    assert run.stdout.read(20)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert err.count("interrupted; [") == 1
+    assert "Traceback" not in err
 
 
 @pytest.mark.parametrize("argv, word", [
