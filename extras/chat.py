@@ -14,10 +14,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from model import KVCache, Llama
-from speculative import Drafter, SettingsError, Stats, autoregressive, decode, require
+from speculative import Drafter, SettingsError, Stats, autoregressive, decode
 
 HELP = "/new starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help says this"
 SIGN = "> "                   # asks for a message
+
+
+class ContextFullError(SettingsError):
+    """There is no room for an answer. The conversation is as it was."""
 
 
 class Conversation:
@@ -55,7 +59,7 @@ class Conversation:
     def answer(self, message: str) -> Iterator[str]:
         """The answer in pieces. If the caller stops early, what was said so far is kept.
 
-        Raises SettingsError, with nothing changed, if the context has no room for an answer.
+        Raises ContextFullError if the context has no room for an answer.
         """
         prompt = self.tokenizer.encode([*self.messages, message], chat=True)
         count = self.room_after(prompt)
@@ -85,9 +89,11 @@ class Conversation:
         """How many tokens the answer may have."""
         context = self.model.config.max_position_embeddings
         left = context - len(prompt)
-        require(left >= 1, f"no room for an answer: with this message the conversation has "
-                           f"{len(prompt)} tokens, and the model's context {context}; /new starts "
-                           "over, a shorter message may fit")
+        if left < 1:
+            raise ContextFullError(
+                f"no room for an answer: with this message the conversation has {len(prompt)} "
+                f"tokens, and the model's context {context}; /new starts over, a shorter message "
+                "may fit")
         return min(self.max_new_tokens, left)
 
     def make_room(self, tokens: int):
@@ -135,19 +141,27 @@ def talk(conversation: Conversation, as_json: bool, say: Callable[[str], None]):
 
 def read_message(on_terminal: bool) -> str:
     """A line without the white space around it; /quit at the end of the input."""
+    if not on_terminal:
+        line = sys.stdin.readline()
+        require_text(line)
+        return line.strip() if line else "/quit"
     try:
-        return input(SIGN if on_terminal else "").strip()
+        line = input(SIGN)
+        require_text(line)
+        return line.strip()
     except EOFError:
-        if on_terminal:
-            print()
+        print()
         return "/quit"
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"cannot read a message: {error}") from None
     except KeyboardInterrupt:                            # drops the line that was begun
-        if not on_terminal:
-            raise
         print()
         return ""
+
+
+def require_text(line: str):
+    try:
+        line.encode()                                    # bytes that are no UTF-8 were read so far
+    except UnicodeEncodeError as error:
+        raise SettingsError(f"cannot read a message: {error}") from None
 
 
 def take_turn(
@@ -164,7 +178,7 @@ def take_turn(
                     print(piece, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
-    except SettingsError as error:                       # the context is full: nothing is lost
+    except ContextFullError as error:
         say(str(error))
         if as_json:
             print(json.dumps({"message": message, "error": str(error)}), flush=True)

@@ -3,6 +3,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,11 +17,11 @@ from folders import small_folder
 import speculative
 from checkpoint import Tokenizer, load_model
 from extras.auto import Auto
-from extras.chat import Conversation, common_prefix
+from extras.chat import ContextFullError, Conversation, common_prefix
 from extras.lookup import Lookup
 from extras.worth import SHAPE
 from model import KVCache
-from speculative import Clasp, SettingsError, autoregressive
+from speculative import Clasp, autoregressive
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}\n{% endfor %}<assistant>"
 LAST_TWO = ("{{ messages | length }} {% for m in messages[-2:] %}<{{ m.role }}> {{ m.content }}\n"
@@ -199,7 +200,7 @@ def test_where_the_context_is_full_it_says_so_and_nothing_is_lost(tokenizer, mod
         before = list(conversation.messages)
         try:
             say(conversation, MESSAGES[0])
-        except SettingsError as error:
+        except ContextFullError as error:
             assert "/new starts over" in str(error)
             break
     assert len(before) > 4
@@ -267,11 +268,28 @@ def test_without_a_terminal_ctrl_c_ends_the_program_after_what_was_said(tmp_path
     (["--trace", "run.html"], "--trace is for one text"),
     (["--compare"], "--compare is for one text"),
     (["--max-new-tokens", "0"], "at least 1"),
+    (["--temperature", "-1"], "temperature"),
 ])
-def test_what_goes_with_one_text_only_is_refused(folder, argv, word):
+def test_what_cannot_be_is_refused(folder, argv, word):
     done = chat(folder, ["Hello"], *argv)
+    assert done.returncode == 2
     assert word in done.stderr
+    assert done.stderr.count("\n") == 1
     assert not done.stdout.strip()
+
+
+def test_a_message_that_is_no_text_is_refused(folder):
+    command = [*COMMAND, "--model", str(folder)]
+    done = subprocess.run(command, input=b"caf\xe9\n", capture_output=True)
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_conversation_goes_on_where_standard_error_is_closed(folder, tokenizer, model):
+    command = shlex.join([*COMMAND, "--model", str(folder), "--max-new-tokens", str(TOKENS)])
+    done = subprocess.run(f"echo 'Tell me.' | {command} 2>&-", shell=True, capture_output=True)
+    assert done.returncode == 0
+    assert done.stdout.decode() == tokenizer.decode(one_shot(model, tokenizer, ["Tell me."])) + "\n"
 
 
 def test_a_model_without_a_chat_template_is_refused(tmp_path):
