@@ -115,6 +115,7 @@ def rotate():
 
 # ---------------------------------------------------------------------------- the cache
 
+LARGEST = 65504.0                   # of float16
 SLOTS = 6
 KEY_FILL = -1.0
 VALUE_FILL = -2.0
@@ -157,11 +158,11 @@ def put():
                   "put returns the slots before end, old and new",
                   f"{where} returned", (None, None, "slot"))
         equal(cache.length, 5, "put leaves cache.length to its caller", example)
-    cache = empty_cache(torch.float16)
+    cache = empty_cache(torch.float16)                 # its largest number stands for an overflow
     overflowed = torch.tensor([1.0, torch.nan, torch.inf], dtype=torch.float16).reshape(1, 1, 3, 1)
     keys, values = cache.put(0, 0, 3, overflowed, overflowed)
     for name, got in (("keys", keys), ("values", values)):
-        close(got.flatten(), [1.0, 0.0, 0.0],
+        close(got.flatten(), [1.0, LARGEST, LARGEST],
               "What goes into the cache is what storable makes of it",
               f"1, NaN and infinity in float16, {name}", ("slot",))
 
