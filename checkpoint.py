@@ -11,17 +11,20 @@ Whatever model.py would compute wrongly is refused: a ModelError, one line that 
 """
 import json
 import re
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from threading import Thread
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from model import Config, Llama, ModelError
 
@@ -189,77 +192,160 @@ def read_sizes(raw: dict) -> dict[str, int]:
 
 # ---------------------------------------------------------------------------- *.safetensors
 
-def named_weights(model: Llama) -> dict[str, Tensor]:
-    """Hugging Face's tensor names -> views of the model's weights, to be filled or saved."""
-    weights = {
-        "model.embed_tokens.weight": model.embed.weight,
-        "model.norm.weight": model.norm.weight,
-    }
-    if model.head is not None:
-        weights["lm_head.weight"] = model.head.weight
+# By module of a decoder layer: the tensors that Hugging Face keeps it as, one below another; and
+# the dimension along which several processes share each of them; None: each has the whole.
+LAYER_PARTS = {
+    "attention_norm": (["input_layernorm"], None),
+    "qkv": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], 0),
+    "o": (["self_attn.o_proj"], 1),
+    "mlp_norm": (["post_attention_layernorm"], None),
+    "gate_up": (["mlp.gate_proj", "mlp.up_proj"], 0),
+    "down": (["mlp.down_proj"], 1),
+}
+FLOATS = {"F64", "F32", "F16", "BF16"}      # of safetensors' dtypes; fp8 would need its scales
+
+
+class Share(NamedTuple):
+    """The part of every layer that one of several processes holds; see extras/parallel.py."""
+    rank: int = 0
+    count: int = 1
+
+    def of(self, config: Config) -> Config:
+        """A model of so many heads and so wide an MLP."""
+        return replace(
+            config,
+            num_attention_heads=config.num_attention_heads // self.count,
+            num_key_value_heads=config.num_key_value_heads // self.count,
+            intermediate_size=config.intermediate_size // self.count)
+
+
+class Part(NamedTuple):
+    """A module's weight, and the tensors in files that it is made of, one below another."""
+    module: str               # "layers.3.qkv"
+    names: list[str]          # "model.layers.3.self_attn.q_proj.weight", ...
+    rows: list[int]           # of each
+    shared: int | None = None            # see LAYER_PARTS
+
+
+class Stored(NamedTuple):
+    """A tensor in a file."""
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def parts(model: Llama) -> list[Part]:
+    """All weights of a model, the largest first."""
     c = model.config
-    q_size = c.num_attention_heads * c.head_dim
-    kv_size = c.num_key_value_heads * c.head_dim
-    for i, layer in enumerate(model.layers):
-        q, k, v = layer.qkv.weight.split((q_size, kv_size, kv_size))
-        gate, up = layer.gate_up.weight.chunk(2)
-        parts = {
-            "input_layernorm": layer.attention_norm.weight,
-            "self_attn.q_proj": q,
-            "self_attn.k_proj": k,
-            "self_attn.v_proj": v,
-            "self_attn.o_proj": layer.o.weight,
-            "post_attention_layernorm": layer.mlp_norm.weight,
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": layer.down.weight,
-        }
-        weights |= {f"model.layers.{i}.{name}.weight": view for name, view in parts.items()}
-    return {name: view.detach() for name, view in weights.items()}
+    found = [Part("embed", ["model.embed_tokens.weight"], [c.vocab_size])]
+    if model.head is not None:
+        found.append(Part("head", ["lm_head.weight"], [c.vocab_size]))
+    found.append(Part("norm", ["model.norm.weight"], [c.hidden_size]))
+    q_rows = c.num_attention_heads * c.head_dim
+    kv_rows = c.num_key_value_heads * c.head_dim
+    rows = {
+        "attention_norm": [c.hidden_size],
+        "qkv": [q_rows, kv_rows, kv_rows],
+        "o": [c.hidden_size],
+        "mlp_norm": [c.hidden_size],
+        "gate_up": [c.intermediate_size, c.intermediate_size],
+        "down": [c.hidden_size],
+    }
+    for i in range(c.num_hidden_layers):
+        for module, (names, shared) in LAYER_PARTS.items():
+            names = [f"model.layers.{i}.{name}.weight" for name in names]
+            found.append(Part(f"layers.{i}.{module}", names, rows[module], shared))
+    return found
 
 
-def load_model(folder: Path, device="cpu", dtype=torch.float32) -> Llama:
+def named_weights(model: Llama) -> dict[str, Tensor]:
+    """Hugging Face's tensor names -> views of the model's weights, to be looked at or saved."""
+    weights = {}
+    for part in parts(model):
+        weight = model.get_submodule(part.module).weight.detach()
+        weights |= zip(part.names, weight.split(part.rows))
+    return weights
+
+
+def unchanged(linear: nn.Module) -> nn.Module:
+    return linear
+
+
+def load_model(
+    folder: Path,
+    device="cpu",
+    dtype=torch.float32,
+    form: Callable[[nn.Module], nn.Module] = unchanged,
+    share: Share = Share(),
+) -> Llama:
     """The model of a Hugging Face folder, on a device and in a dtype, ready for inference.
 
-    Tensors are read from the memory-mapped files one by one, so the weights are never held twice.
+    form(linear): what a matrix is kept as (packed, in eight bits, ...). It is called as soon as the
+    matrix's weights are there, with nn.Linear; and for a head that is tied, with the embedding.
+    share: read only what this process holds.
+
+    Matrix by matrix the tensors are read from the memory-mapped files, cast and put into their
+    form, some at a time, side by side. So the model never exists twice, nor in another form.
     Raises ModelError for a missing, damaged or unsupported config.json or weight file, and for
-    missing, unknown and wrongly shaped tensors.
+    missing, unknown and wrongly shaped tensors, before weights are read.
     """
     config = read_config(folder)
     files = weight_files(folder)
-    names = stored_names(files)
+    stored = stored_tensors(files)
     refuse_impossible_sizes(folder, config, files)
-    # A stored head may differ from the embedding although the config says that they are one.
-    is_tied = config.tie_word_embeddings and "lm_head.weight" not in names
-    model = empty_model(replace(config, tie_word_embeddings=is_tied), device, dtype)
-    wanted = named_weights(model)
-    for path in files:
-        with opened(path) as tensors:
-            for name in tensors.keys():
-                if not name.endswith("rotary_emb.inv_freq"):     # which the config implies
-                    fill(wanted, name, tensors.get_tensor(name), path)
-    if wanted:
-        others = f" and {len(wanted) - 1} more" if len(wanted) > 1 else ""
-        raise ModelError(f"{folder}: no weights for {next(iter(wanted))}{others}")
-    if config.tie_word_embeddings and not is_tied:
-        tie_equal_head(model, config)
-    return model
+    is_tied = config.tie_word_embeddings and not has_its_own_head(stored)
+    with torch.device("meta"):                                       # no memory yet
+        model = Llama(replace(share.of(config), tie_word_embeddings=is_tied))
+    if is_tied:
+        stored.pop("lm_head.weight", None)
+    require_parts(model, stored, share, folder)
 
+    def load(part: Part):
+        module = model.get_submodule(part.module)
+        weight = torch.empty(module.weight.shape, dtype=dtype, device=device)
+        for name, place in zip(part.names, weight.split(part.rows)):
+            read_into(place, name, stored[name].path, part.shared, share.rank)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(module, nn.Linear):
+            model.set_submodule(part.module, form(module))
+        if module is model.embed and is_tied:
+            head = form(module)
+            model.head = head if head is not module else None
 
-def empty_model(config: Config, device="cpu", dtype=torch.float32) -> Llama:
-    """A model whose weights have memory but no values yet."""
-    with torch.device("meta"):
-        model = Llama(config)                          # no memory yet
-    # What ``to_empty`` does; but that would import torch._dynamo, for half a second.
-    model._apply(lambda weight: torch.empty(weight.shape, dtype=dtype, device=device))
+    side_by_side(load, parts(model))
     return model.requires_grad_(False).eval()
 
 
-def tie_equal_head(model: Llama, config: Config):
-    """Let a head share the embedding's memory again, if that is what it holds."""
-    if torch.equal(model.head.weight, model.embed.weight):
-        model.head = None
-        model.config = config
+def side_by_side(work: Callable, items: list):
+    """Call ``work`` with each item, a few at a time; with a progress bar, on a terminal, from 2 s.
+
+    An error, or Ctrl-C, ends it after the items that are begun.
+    """
+    from tqdm import tqdm  # comes with huggingface-hub
+    threads = ThreadPoolExecutor(min(4, torch.get_num_threads()))
+    shown = None if sys.stderr else True               # None: shown on a terminal
+    try:
+        done = threads.map(work, items)
+        for _ in tqdm(done, "loading", len(items), leave=False, delay=2, disable=shown):
+            pass
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def read_into(place: Tensor, name: str, path: Path, shared: int | None = None, rank: int = 0):
+    """Copy a tensor; or if it is shared along a dimension, as much as the place has, at our rank.
+
+    The file is opened for each, so that what is mapped of it does not count as used memory for
+    long.
+    """
+    with opened(path) as tensors:
+        source = tensors.get_slice(name)
+        if shared is None:
+            place.copy_(source[:])
+            return
+        size = place.shape[shared]
+        ours = slice(rank * size, (rank + 1) * size)
+        place.copy_(source[ours] if shared == 0 else source[:, ours])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -292,12 +378,59 @@ def opened(path: Path):
         raise ModelError(f"{path}: damaged or truncated ({error})") from None
 
 
-def stored_names(files: list[Path]) -> set[str]:
-    names = set()
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """What the files hold, by name; but not RoPE's frequencies, which the config implies."""
+    found = {}
     for path in files:
         with opened(path) as tensors:
-            names.update(tensors.keys())
-    return names
+            for name in tensors.keys():
+                header = tensors.get_slice(name)
+                if name in found:
+                    raise ModelError(f"{path}: the tensor {name} is in another file too")
+                if not name.endswith("rotary_emb.inv_freq"):
+                    found[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
+    return found
+
+
+def has_its_own_head(stored: dict[str, Stored]) -> bool:
+    """Is a head stored, other than the embedding? It may be, though the config ties them."""
+    pair = [stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
+    if None in pair:
+        return pair[0] is not None
+    head, embedding = pair
+    if head.shape != embedding.shape or head.dtype != embedding.dtype:
+        return True
+    with opened(head.path) as a, opened(embedding.path) as b:
+        return not torch.equal(a.get_tensor("lm_head.weight"),
+                               b.get_tensor("model.embed_tokens.weight"))
+
+
+def require_parts(model: Llama, stored: dict[str, Stored], share: Share, folder: Path):
+    """Refuse files that hold other tensors than the model has, or of other shapes."""
+    missing = []
+    unexpected = dict(stored)
+    for part in parts(model):
+        width = model.get_submodule(part.module).weight.shape[1:]
+        for name, rows in zip(part.names, part.rows):
+            shape = [rows, *width]
+            if part.shared is not None:
+                shape[part.shared] *= share.count
+            if name not in stored:
+                missing.append(name)
+            else:
+                require_floats(name, unexpected.pop(name), tuple(shape))
+    if unexpected:
+        name = next(iter(unexpected))
+        raise ModelError(f"{stored[name].path}: unexpected tensor {name} (not a plain LLaMA?)")
+    if missing:
+        others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(f"{folder}: no weights for {missing[0]}{others}")
+
+
+def require_floats(name: str, tensor: Stored, shape: tuple[int, ...]):
+    if tensor.shape != shape or tensor.dtype not in FLOATS:
+        raise ModelError(f"{tensor.path}: {name} is {tensor.dtype} {tensor.shape}, config.json "
+                         f"implies floats of at least 16 bits {shape}")
 
 
 def refuse_impossible_sizes(folder: Path, config: Config, files: list[Path]):
@@ -309,18 +442,6 @@ def refuse_impossible_sizes(folder: Path, config: Config, files: list[Path]):
         shown = f"{weights:,}" if weights < 1e15 else "too many"   # more digits than a float has
         raise ModelError(f"{folder / 'config.json'}: its sizes imply {shown} weights, and the "
                          f"weight files have {stored:,} bytes")
-
-
-def fill(wanted: dict[str, Tensor], name: str, tensor: Tensor, path: Path):
-    """Copy a tensor to its place, which is then no longer wanted."""
-    if name not in wanted:
-        raise ModelError(f"{path}: unexpected tensor {name} (seen twice, or not a plain LLaMA?)")
-    place = wanted.pop(name)
-    is_float = tensor.is_floating_point() and tensor.element_size() > 1    # fp8 needs its scales
-    if tensor.shape != place.shape or not is_float:
-        raise ModelError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json "
-                         f"implies floats of at least 16 bits {tuple(place.shape)}")
-    place.copy_(tensor)
 
 
 # ---------------------------------------------------------------------------- text

@@ -32,7 +32,7 @@ from extras.auto import Auto
 from extras.chat import Conversation, talk
 from extras.exact import exact_width
 from extras.lookup import MOST, Lookup
-from extras.packed import choose_threads, pack
+from extras.packed import choose_form, choose_threads, pack
 from extras.trace import Traced, page, record
 from extras.worth import SHAPE
 from model import KVCache, Llama, ModelError
@@ -195,7 +195,7 @@ def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, to
 
 
 def prepare_model(args: argparse.Namespace, folder: Path, device, dtype) -> Llama:
-    model = pack(load_model(folder, device, dtype))
+    model = pack(load_model(folder, device, dtype, choose_form(device, dtype)))
     choose_threads(model)
     if args.cuda_graphs:
         from extras.cuda_graphs import GraphedLlama

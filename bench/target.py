@@ -10,14 +10,13 @@ from checkpoint import (
     BUNDLED,
     SUGGESTIBLE,
     Tokenizer,
-    empty_model,
     find_folder,
     load_model,
     suggested_settings,
 )
 from extras.cuda_graphs import GraphedLlama
 from extras.exact import exact_width
-from extras.packed import bytes_read, choose_threads, pack
+from extras.packed import bytes_read, choose_form, choose_threads, pack
 from generate import Parser, choose_device
 from model import Config, Llama
 from speculative import (
@@ -155,7 +154,7 @@ def load_target(args: argparse.Namespace) -> Target:
     else:
         folder = find_folder(args.model or str(BUNDLED))
         tokenizer = Tokenizer(folder)
-        model = load_model(folder, device, dtype)
+        model = load_model(folder, device, dtype, choose_form(device, dtype))
         name = folder.resolve().name
     pack(model)
     choose_threads(model)
@@ -178,6 +177,14 @@ def clasp_settings(layers: int, suggested: dict, args) -> dict:
     }
     typed = {name: getattr(args, name) for name in SUGGESTIBLE if getattr(args, name) is not None}
     return settings | suggested | typed
+
+
+def empty_model(config: Config, device, dtype) -> Llama:
+    """A model whose weights have memory but no values yet."""
+    with torch.device("meta"):
+        model = Llama(config)                          # no memory yet
+    model._apply(lambda weight: torch.empty(weight.shape, dtype=dtype, device=device))
+    return model.requires_grad_(False).eval()
 
 
 def synthetic(config: Config, residual: float, device, dtype) -> Llama:

@@ -16,19 +16,17 @@ Remedies, with their measurements in docs/speed.md:
 
 All that is not on an x86 CPU stays with nn.Linear. Attention is exchanged too (attention.py).
 
-Read ``pack`` first.
+Read ``choose_form`` first.
 """
-import sys
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from extras.attention import attend_by, choose
-from model import DecoderLayer, Llama, ModelError, RMSNorm
+from model import Llama, ModelError, RMSNorm
 
 LARGE = 2 ** 18               # numbers in a float32 matrix from which on oneDNN is faster than MKL
 FEW = 12                      # rows up to which MKL is faster with the weight on the left
@@ -36,43 +34,35 @@ THREADED = 3 * 2 ** 18        # numbers in a matrix from which on threads are wo
 ROUNDED = 2.0 ** -19          # of a row's largest weight: what float16 may round away
 ROW_EXPONENT = 14             # rows that are scaled have their largest weight in 2^14 .. 2^15
 CHUNK = 4096                  # rows looked at together, so that no large matrix is held thrice
-SLOW_TO_PACK = 2 ** 27        # numbers in the embedding, from which on packing shows its progress
 MATRICES = ("qkv", "o", "gate_up", "down")               # of a layer
 
 
 def pack(model: Llama) -> Llama:
     """The same model, made faster in place for inference with batch 1; elsewhere untouched.
 
-    A packed layer has no weight to look at or save. A tied head becomes a matrix of its own beside
-    the embedding.
+    Matrices that have a form of their own already, by ``load_model``, keep it. A packed layer has
+    no weight to look at or save. A tied head becomes a matrix of its own beside the embedding.
     """
-    device = model.embed.weight.device.type
-    on_x86 = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
-    if device == "cuda" or (device == "cpu" and on_x86):
+    device = model.device
+    if device.type == "cuda" or is_x86(device):
         attend_by(model, choose(model))
-    if device != "cpu" or not on_x86:
+    if not is_x86(device):
         return model
-    faster = choose_products(model.embed.weight.dtype)
-
-    def pack_layer(layer: DecoderLayer):
+    form = choose_form(device, model.embed.weight.dtype)
+    for layer in model.layers:
         for name in MATRICES:
-            setattr(layer, name, faster(getattr(layer, name)))
+            setattr(layer, name, form(getattr(layer, name)))
         layer.attention_norm = QuickNorm(layer.attention_norm)
         layer.mlp_norm = QuickNorm(layer.mlp_norm)
-
-    # FBGEMM packs 60 million weights a second in each thread.
-    with ThreadPoolExecutor(min(4, torch.get_num_threads())) as threads:
-        head = threads.submit(faster, model.head or model.embed)
-        layers = threads.map(pack_layer, model.layers)
-        if model.embed.weight.numel() >= SLOW_TO_PACK:
-            from tqdm import tqdm  # comes with huggingface-hub
-            layers = tqdm(layers, "packing weights", len(model.layers), leave=False,
-                          disable=None if sys.stderr else True)
-        for _ in layers:
-            pass
-        if head.result() is not model.embed:
-            model.head = head.result()
+    head = form(model.head or model.embed)
+    model.head = head if head is not model.embed else None
     return model
+
+
+def is_x86(device: torch.device) -> bool:
+    """A CPU with oneDNN and MKL?"""
+    has_libraries = torch.backends.mkldnn.is_available() and torch.backends.mkl.is_available()
+    return device.type == "cpu" and has_libraries
 
 
 def choose_threads(model: Llama):
@@ -87,13 +77,17 @@ def choose_threads(model: Llama):
         torch.set_num_threads(1)
 
 
-def choose_products(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
-    """A function that exchanges a linear layer (or embedding) of a dtype for its fastest form."""
+def choose_form(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
+    """A function that exchanges a linear layer (or embedding) for its fastest form there."""
+    if not is_x86(device):
+        return lambda linear: linear
     computes_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
     small = unthreaded_product()
 
-    def faster(linear: nn.Module) -> nn.Module:
+    def form(linear: nn.Module) -> nn.Module:
+        if not isinstance(linear, nn.Linear | nn.Embedding):
+            return linear                                # it has one
         weight = linear.weight
         if dtype == torch.bfloat16 and computes_bfloat16:
             return PackedLinear(weight)
@@ -103,7 +97,7 @@ def choose_products(dtype: torch.dtype) -> Callable[[nn.Module], nn.Module]:
             return linear
         return PackedLinear(weight) if weight.numel() >= LARGE else WeightFirstLinear(weight)
 
-    return faster
+    return form
 
 
 def saved_in_16_bits(weight: Tensor) -> bool:

@@ -23,8 +23,8 @@ import checkpoint
 from checkpoint import (
     BROKEN,
     BUNDLED,
+    Share,
     Tokenizer,
-    empty_model,
     find_folder,
     load_model,
     named_weights,
@@ -147,11 +147,66 @@ def test_weights_go_out_and_in_again_unchanged(tmp_path):
         assert torch.equal(weight, again[name])
 
 
-def test_an_empty_model_has_memory_for_every_weight():
-    model = empty_model(read_config(GOLDEN), DEVICE, torch.bfloat16)
+def test_a_loaded_model_is_for_inference_on_its_device_and_in_its_dtype():
+    model = load_model(GOLDEN, DEVICE, torch.bfloat16)
     for weight in model.state_dict().values():
         assert weight.device.type == DEVICE and weight.dtype == torch.bfloat16
     assert not model.training and not any(w.requires_grad for w in model.parameters())
+
+
+def test_each_matrix_is_put_into_its_form_as_soon_as_it_is_there(tied_folder):
+    """Also a head that is tied, beside the embedding."""
+    asked = []
+
+    def form(linear):
+        asked.append(linear.weight.shape)
+        return Scaled(linear)
+
+    plain = load_model(tied_folder)
+    model = load_model(tied_folder, form=form)
+    matrices = [*plain.layers.parameters(), plain.embed.weight]
+    assert sorted(asked) == sorted(weight.shape for weight in matrices if weight.ndim == 2)
+    assert type(model.head) is type(model.layers[1].qkv) is Scaled
+    state = torch.randn(3, 32)
+    assert torch.equal(model.logits(state), 2 * plain.logits(state))
+
+
+class Scaled(torch.nn.Module):
+    """Twice what a linear layer makes."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return 2 * torch.nn.functional.linear(x, self.linear.weight)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_of_several_processes_holds_a_share_of_every_layer(folder, count):
+    """Of a layer's matrices together the whole, and each rank's heads are those that it rotates."""
+    whole = named_weights(load_model(folder))
+    shares = [named_weights(load_model(folder, share=Share(i, count))) for i in range(count)]
+    for name, weight in whole.items():
+        pieces = [share[name] for share in shares]
+        if ".self_attn." in name or ".mlp." in name:
+            dim = 1 if ("o_proj" in name or "down_proj" in name) else 0
+            assert torch.equal(torch.cat(pieces, dim), weight)
+            assert len({piece.shape for piece in pieces}) == 1
+        else:
+            assert all(torch.equal(piece, weight) for piece in pieces)
+
+
+def test_nothing_is_read_of_files_that_do_not_fit(folder, monkeypatch):
+    edit_weights(folder, model_norm_weight=None)
+    monkeypatch.setattr("checkpoint.read_into", lambda *_: pytest.fail("read"))
+    with pytest.raises(ModelError, match="no weights for model.norm.weight"):
+        load_model(folder)
+
+
+def test_loading_shows_no_progress_where_standard_error_is_closed(folder, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    load_model(folder)
 
 
 def test_what_can_be_derived_may_lie_in_the_file_too(folder):

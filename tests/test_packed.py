@@ -1,12 +1,11 @@
 """packed.py computes what the model computes: every remedy, every dtype, every number of rows."""
 import copy
-import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import DEVICE, random_model
-from folders import set_fields
+from folders import set_fields, small_folder
 from safetensors.torch import save_file
 
 from checkpoint import load_model, named_weights
@@ -18,6 +17,7 @@ from extras.packed import (
     QuickNorm,
     WeightFirstLinear,
     bytes_read,
+    choose_form,
     choose_threads,
     pack,
     threaded_product,
@@ -165,12 +165,6 @@ def test_only_models_with_large_layers_share_their_work_among_threads(inner, thr
         torch.set_num_threads(before)
 
 
-def test_packing_a_large_model_shows_no_progress_where_standard_error_is_closed(monkeypatch):
-    monkeypatch.setattr(packed, "SLOW_TO_PACK", 1)
-    monkeypatch.setattr(sys, "stderr", None)
-    pack(random_model())
-
-
 def test_quick_norm_is_rms_norm():
     norm = RMSNorm(48, 1e-5)
     norm.weight.data = torch.randn(48)
@@ -178,6 +172,17 @@ def test_quick_norm_is_rms_norm():
         x = scale * torch.randn(1, 5, 48)
         torch.testing.assert_close(QuickNorm(norm)(x), norm(x), rtol=1e-5, atol=0)
     assert not QuickNorm(norm)(torch.zeros(1, 1, 48)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_while_loading_and_packed_afterwards_are_the_same(tmp_path, dtype):
+    folder = small_folder(tmp_path / "small")
+    device = torch.device("cpu")
+    while_loading = pack(load_model(folder, device, dtype, choose_form(device, dtype)))
+    afterwards = pack(load_model(folder, device, dtype))
+    kinds = [[type(part) for part in model.modules()] for model in (while_loading, afterwards)]
+    assert kinds[0] == kinds[1]
+    assert torch.equal(logits(while_loading, 5), logits(afterwards, 5))
 
 
 # ---------------------------------------------------------------- which remedy is taken

@@ -4,6 +4,10 @@ Here it changes nothing.
 """
 
 
+def choose_form(device, dtype):
+    return lambda linear: linear
+
+
 def pack(model):
     return model
 
