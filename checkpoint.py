@@ -202,21 +202,18 @@ LAYER_PARTS = {
     "gate_up": (["mlp.gate_proj", "mlp.up_proj"], 0),
     "down": (["mlp.down_proj"], 1),
 }
-FLOATS = {"F64", "F32", "F16", "BF16"}      # of safetensors' dtypes; fp8 would need its scales
+FLOATS = {                    # safetensors' dtypes, and their bytes; fp8 would need its scales
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+}
 
 
 class Share(NamedTuple):
     """The part of every layer that one of several processes holds; see extras/parallel.py."""
     rank: int = 0
     count: int = 1
-
-    def of(self, config: Config) -> Config:
-        """A model of so many heads and so wide an MLP."""
-        return replace(
-            config,
-            num_attention_heads=config.num_attention_heads // self.count,
-            num_key_value_heads=config.num_key_value_heads // self.count,
-            intermediate_size=config.intermediate_size // self.count)
 
 
 class Part(NamedTuple):
@@ -295,7 +292,7 @@ def load_model(
     refuse_impossible_sizes(folder, config, files)
     is_tied = config.tie_word_embeddings and not has_its_own_head(stored)
     with torch.device("meta"):                                       # no memory yet
-        model = Llama(replace(share.of(config), tie_word_embeddings=is_tied))
+        model = Llama(replace(config.shared_by(share.count), tie_word_embeddings=is_tied))
     if is_tied:
         stored.pop("lm_head.weight", None)
     require_parts(model, stored, share, folder)
@@ -390,6 +387,12 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
                 if not name.endswith("rotary_emb.inv_freq"):
                     found[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
     return found
+
+
+def stored_bytes(folder: Path) -> int:
+    """Of a weight in the files; of the widest, if they differ."""
+    stored = stored_tensors(weight_files(folder)).values()
+    return max((FLOATS.get(tensor.dtype, 0) for tensor in stored), default=0)
 
 
 def has_its_own_head(stored: dict[str, Stored]) -> bool:

@@ -17,7 +17,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +27,20 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import torch
 
-from checkpoint import BUNDLED, Tokenizer, find_folder, load_model, suggested_settings
+from checkpoint import (
+    BUNDLED,
+    Tokenizer,
+    find_folder,
+    load_model,
+    read_config,
+    stored_bytes,
+    suggested_settings,
+)
 from extras.auto import Auto
 from extras.chat import Conversation, talk
 from extras.exact import exact_width
 from extras.lookup import MOST, Lookup
+from extras.memory import Plan, require_fits
 from extras.packed import choose_form, choose_threads, pack
 from extras.trace import Traced, page, record
 from extras.worth import SHAPE
@@ -133,7 +142,9 @@ def add_clasp_arguments(parser: Parser):
              "the last bit; --no-exact saves the padding; default: yes with --drafter layers")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="default: float32 on the CPU, bfloat16 elsewhere")
+        help="default: float32 on the CPU, bfloat16 elsewhere and with --weights")
+    add("--weights", choices=["int8"],
+        help="keep weights in eight bits: half the memory of 16, nearly the same model")
     add("--cuda-graphs", action="store_true",
         help="replay layers from CUDA graphs; needs an NVIDIA GPU; slow while it records")
 
@@ -174,7 +185,9 @@ def as_text(data: bytes) -> str:
     return data.decode("utf-8-sig")
 
 
-def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+def choose_device(
+    name: str | None, dtype: str | None, weights: str | None = None
+) -> tuple[torch.device, torch.dtype]:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     counts = {
         "cpu": 1,
@@ -190,12 +203,29 @@ def choose_device(name: str | None, dtype: str | None) -> tuple[torch.device, to
     found = counts[device.type]
     require((device.index or 0) < found,
             f"there is no device {name} here ({found} of type {device.type} found)")
-    dtype = dtype or ("float32" if device.type == "cpu" else "bfloat16")
-    return device, getattr(torch, dtype)
+    wide = device.type == "cpu" and weights is None
+    return device, getattr(torch, dtype or ("float32" if wide else "bfloat16"))
+
+
+def form_of_weights(weights: str | None, device: torch.device, dtype: torch.dtype) -> Callable:
+    """What ``load_model`` is to make of each matrix."""
+    if weights == "int8":
+        from extras.int8 import in_int8
+        return in_int8
+    return choose_form(device, dtype)
+
+
+def require_memory(args: argparse.Namespace, folder: Path, device, dtype, prompt: list[int]):
+    """Refuse what does not fit the device, before gigabytes are read."""
+    config = read_config(folder)
+    tokens = min(len(prompt) + args.max_new_tokens, config.max_position_embeddings)
+    plan = Plan(config, device, dtype, tokens, args.weights, 1, stored_bytes(folder))
+    require_fits(plan, len(prompt))
 
 
 def prepare_model(args: argparse.Namespace, folder: Path, device, dtype) -> Llama:
-    model = pack(load_model(folder, device, dtype, choose_form(device, dtype)))
+    form = form_of_weights(args.weights, device, dtype)
+    model = pack(load_model(folder, device, dtype, form))
     choose_threads(model)
     if args.cuda_graphs:
         from extras.cuda_graphs import GraphedLlama
@@ -523,12 +553,13 @@ def run(args: argparse.Namespace) -> int:
 
 def prepare(args: argparse.Namespace, text: str) -> tuple[Decoder, Tokenizer, list[int]]:
     """Decoder, tokenizer, and the text's tokens. Most is refused before the weights are read."""
-    device, dtype = choose_device(args.device, args.dtype)
+    device, dtype = choose_device(args.device, args.dtype, args.weights)
     require(device.type == "cuda" or not args.cuda_graphs,
             f"--cuda-graphs needs an NVIDIA GPU, and the device is {device}")
     folder = find_folder(args.model)
     tokenizer = Tokenizer(folder)
     prompt = tokenizer.encode(text, args.chat)
+    require_memory(args, folder, device, dtype, prompt)
     decoder = Decoder(args, folder, prepare_model(args, folder, device, dtype), tokenizer.stop)
     if args.method == "clasp" and decoder.wants_exact and decoder.width is None:
         say("not exact: kernels here round differently by a row's place, whatever the pass's width")
@@ -591,7 +622,7 @@ def main(argv: list[str] | None = None) -> int:
         if not is_out_of_memory(error):
             raise
         say("generate.py: out of memory: lower --max-new-tokens, shorten the prompt, or use "
-            "--dtype bfloat16")
+            "--dtype bfloat16 or --weights int8")
         return 2
     except KeyboardInterrupt:
         return 130

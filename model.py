@@ -16,7 +16,7 @@ Shapes: ``batch`` is 1 except in training; ``rows`` are tokens, or the DP's cand
 are the places of the cache.
 """
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -52,6 +52,17 @@ class Config:
         """Numbers in the matrices of one layer: q and o, k and v, and the three of the MLP."""
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
         return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+
+    def shared_by(self, count: int) -> "Config":
+        """What each of ``count`` processes has of the model: some heads, some of each MLP's width.
+
+        Key-value heads and the width must be divisible. See extras/parallel.py.
+        """
+        return replace(
+            self,
+            num_attention_heads=self.num_attention_heads // count,
+            num_key_value_heads=self.num_key_value_heads // count,
+            intermediate_size=self.intermediate_size // count)
 
 
 def inverse_frequencies(config: Config) -> Tensor:

@@ -27,8 +27,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 TESTS = ROOT / "tests"
 
-# Would give attention and problem 4 away; only one of generate.py's options wants it.
-KEPT_BACK = {"extras.cuda_graphs"}
+# Only options of generate.py want these. cuda_graphs would give attention and problem 4 away;
+# int8 is a form of packed.py's, which is not there.
+KEPT_BACK = {"extras.cuda_graphs", "extras.int8"}
 
 # Files that show how an assigned problem is solved, but which generate.py cannot do without: the
 # problem that they give away, and what goes in their place. Decoding is right with it, and slower.

@@ -16,8 +16,8 @@ from checkpoint import (
 )
 from extras.cuda_graphs import GraphedLlama
 from extras.exact import exact_width
-from extras.packed import bytes_read, choose_form, choose_threads, pack
-from generate import Parser, choose_device
+from extras.packed import bytes_read, choose_threads, pack
+from generate import Parser, choose_device, form_of_weights
 from model import Config, Llama
 from speculative import (
     DRAFT_LENGTH,
@@ -33,6 +33,10 @@ SHAPES = {
     "tiny": Config(
         vocab_size=500, hidden_size=64, intermediate_size=128, num_hidden_layers=8,
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=8192),
+    "smollm2-135m": Config(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, head_dim=64, max_position_embeddings=8192,
+        tie_word_embeddings=True),
     "llama3.2-1b": Config(
         vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
         num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=8192,
@@ -47,6 +51,10 @@ SHAPES = {
     "llama3-70b": Config(
         vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
         num_attention_heads=64, num_key_value_heads=8, head_dim=128, max_position_embeddings=8192),
+    "llama3.1-405b": Config(
+        vocab_size=128256, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126,
+        num_attention_heads=128, num_key_value_heads=8, head_dim=128,
+        max_position_embeddings=131072),
 }
 
 
@@ -119,7 +127,8 @@ def add_model_arguments(parser: Parser):
              "more; default: %(default)s")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="default: float32 on the CPU, bfloat16 elsewhere")
+        help="default: float32 on the CPU, bfloat16 elsewhere and with --weights")
+    add("--weights", choices=["int8"], help="keep weights in eight bits")
     add("--cuda-graphs", action="store_true",
         help="decode through extras/cuda_graphs.py (a CPU records nothing)")
     by_model = "default: what the model suggests, else"
@@ -144,7 +153,8 @@ def load_target(args: argparse.Namespace) -> Target:
     defaults.
     """
     require(not (args.synthetic and args.model), "--synthetic or --model, not both")
-    device, dtype = choose_device(args.device, args.dtype)
+    device, dtype = choose_device(args.device, args.dtype, args.weights)
+    form = form_of_weights(args.weights, device, dtype)
     if args.synthetic:
         folder = None
         tokenizer = None
@@ -154,7 +164,7 @@ def load_target(args: argparse.Namespace) -> Target:
     else:
         folder = find_folder(args.model or str(BUNDLED))
         tokenizer = Tokenizer(folder)
-        model = load_model(folder, device, dtype, choose_form(device, dtype))
+        model = load_model(folder, device, dtype, form)
         name = folder.resolve().name
     pack(model)
     choose_threads(model)

@@ -102,11 +102,15 @@ def choose_form(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module
 
 def saved_in_16_bits(weight: Tensor) -> bool:
     """Can float16 or bfloat16 hold these numbers? Raises ModelError for NaN or infinity."""
-    if not weight.abs().amax().isfinite():               # FBGEMM would make large numbers of them
-        narrow = ", or float16 is too narrow for them" if weight.dtype == torch.float16 else ""
-        raise ModelError(f"the model's weights are damaged: they hold NaN or infinity{narrow}")
+    require_numbers(weight)                              # FBGEMM would make large numbers of them
     in_float16 = torch.equal(weight.half().to(weight), weight)
     return in_float16 or torch.equal(weight.bfloat16().to(weight), weight)
+
+
+def require_numbers(weight: Tensor):
+    if not weight.abs().amax().isfinite():
+        narrow = ", or float16 is too narrow for them" if weight.dtype == torch.float16 else ""
+        raise ModelError(f"the model's weights are damaged: they hold NaN or infinity{narrow}")
 
 
 def row_scales(weight: Tensor) -> Tensor | None:

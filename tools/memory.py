@@ -1,12 +1,15 @@
-"""How much memory and time loading takes: random weights of a shape are written, loaded, deleted.
+"""How much memory models need, by calculation and measured.
 
-    python tools/measure_loading.py llama3.2-1b
-    python tools/measure_loading.py llama3-8b --dtype bfloat16
+    python tools/memory.py table                     LLaMA 3 of all sizes, on several devices
+    python tools/memory.py load llama3.2-1b          measured on the CPU
+    python tools/memory.py load llama3-8b --dtype bfloat16
+    python tools/memory.py load llama3-8b --weights int8
 
-Memory: the most that the process held above what it held before, beside the weights as they are
-kept. Time: beside that of reading the files and of packing the matrices by themselves; then the
-seconds to a first token. The files are read from memory, where writing left them,
-if it is enough. Needs as much disk as the model has in 16 bits.
+``load`` writes random weights, loads them, and deletes them. It prints the most that the process
+held above what it held before, beside the weights as they are kept; and the time, beside that of
+reading the files and of packing the matrices by themselves; then the seconds to a first token. The
+files are read from memory, where writing left them, if it is enough. Needs as much disk as the
+model has in 16 bits.
 """
 import json
 import multiprocessing
@@ -24,24 +27,49 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bench.target import SHAPES
+from bench.target import SHAPES, synthetic
 from checkpoint import load_model, parts, side_by_side, weight_files
-from extras.packed import bytes_read, choose_form, choose_threads, pack
-from generate import Parser
+from extras.memory import GB, Plan, gb, needed
+from extras.packed import bytes_read, choose_threads, pack
+from generate import Parser, choose_device, form_of_weights
 from model import Config, Llama
 from speculative import autoregressive
 
 SHARD = 2 ** 31               # bytes of a file, about
 PROMPT = list(range(32))
+CPU = torch.device("cpu")
 
 
 def arguments():
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("shape", choices=list(SHAPES))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32",
+    parser.add_argument("what", choices=["table", "load"])
+    parser.add_argument("shape", choices=list(SHAPES), nargs="?", default="llama3.2-1b")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"],
                         help="that it is computed in; the files have bfloat16")
+    parser.add_argument("--weights", choices=["int8"])
     parser.add_argument("--folder", metavar="DIR", help="where to write; default: as Python says")
     return parser.parse_args()
+
+
+# ---------------------------------------------------------------------------- by calculation
+
+TABLE_TOKENS = 8192
+TABLE_DEVICE = 80 * GB
+
+
+def table():
+    """For an NVIDIA GPU, where packing keeps nothing in another form."""
+    print(f"| | weights | each of 2 | each of 8 | cache of {TABLE_TOKENS:,} tokens | "
+          f"devices of {gb(TABLE_DEVICE)} |")
+    print("|---|---|---|---|---|---|")
+    for name in ("llama3-8b", "llama3-70b", "llama3.1-405b"):
+        for weights in (None, "int8"):
+            plan = Plan(SHAPES[name], torch.device("cuda"), torch.bfloat16, TABLE_TOKENS, weights)
+            needs = {count: needed(plan._replace(processes=count)) for count in (1, 2, 4, 8)}
+            enough = [count for count, need in needs.items() if need.total <= TABLE_DEVICE]
+            print(f"| {name}, {weights or 'bfloat16'} | {gb(needs[1].weights)} | "
+                  f"{gb(needs[2].total)} | {gb(needs[8].total)} | {gb(needs[1].cache)} | "
+                  f"{enough[0] if enough else 'more than 8'} |")
 
 
 # ---------------------------------------------------------------------------- the files
@@ -85,13 +113,12 @@ def memory(what: str) -> int:
     return 1024 * int(re.search(rf"{what}:\s+(\d+)", status)[1])
 
 
-def loaded(folder: Path, dtype: torch.dtype) -> dict:
+def loaded(folder: Path, dtype: torch.dtype, weights: str | None) -> dict:
     """What it took. To be called in a process of its own."""
-    device = torch.device("cpu")
-    torch.ones(1) @ torch.ones(1)                      # so that libraries are there
+    warm_up(dtype, weights)
     before = memory("VmRSS")
     start = time.perf_counter()
-    model = pack(load_model(folder, device, dtype, choose_form(device, dtype)))
+    model = pack(load_model(folder, CPU, dtype, form_of_weights(weights, CPU, dtype)))
     seconds = time.perf_counter() - start
     choose_threads(model)
     peak = memory("VmHWM") - before
@@ -104,6 +131,15 @@ def loaded(folder: Path, dtype: torch.dtype) -> dict:
         "peak with a token": memory("VmHWM") - before,
         "kept": kept(model),
     }
+
+
+def warm_up(dtype: torch.dtype, weights: str | None):
+    """So that the libraries' own memory is not counted."""
+    model = synthetic(SHAPES["tiny"], 1, CPU, dtype)
+    form = form_of_weights(weights, CPU, dtype)
+    for layer in model.layers:
+        layer.down = form(layer.down)
+    next(autoregressive(pack(model), PROMPT, 1))
 
 
 def kept(model: Llama) -> int:
@@ -120,9 +156,9 @@ def reading(folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def packing(config: Config, dtype: torch.dtype) -> float:
+def packing(config: Config, dtype: torch.dtype, weights: str | None) -> float:
     """Seconds to pack the matrices of one layer, as often as there are layers, and the head."""
-    form = choose_form(torch.device("cpu"), dtype)
+    form = form_of_weights(weights, CPU, dtype)
     with torch.device("meta"):
         model = Llama(config)
     modules = [model.embed, *model.layers[0].children()]
@@ -146,27 +182,34 @@ def in_a_process(work, *args):
         return process.submit(work, *args).result()
 
 
-def run():
-    args = arguments()
+def load(args):
     config = SHAPES[args.shape]
-    dtype = getattr(torch, args.dtype)
+    _, dtype = choose_device("cpu", args.dtype, args.weights)
     require(sys.platform == "linux", "memory is read from /proc, which only Linux has")
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         folder = Path(name)
         in_a_process(write_model, folder, config)
         read = reading(folder)
-        packed = in_a_process(packing, config, dtype)
-        found = in_a_process(loaded, folder, dtype)
-    gib = 2 ** 30
-    print(f"{args.shape}, saved in bfloat16, computed in {args.dtype}, "
-          f"{torch.get_num_threads()} threads")
-    print(f"memory: {found['peak'] / gib:.2f} GiB at most while loading, "
-          f"{found['peak with a token'] / gib:.2f} with a first token; kept: "
-          f"{found['kept'] / gib:.2f} (ratio {found['peak'] / found['kept']:.2f})")
+        packed = in_a_process(packing, config, dtype, args.weights)
+        found = in_a_process(loaded, folder, dtype, args.weights)
+    expected = needed(Plan(config, CPU, dtype, len(PROMPT) + 1, args.weights))
+    print(f"{args.shape}, saved in bfloat16, computed in {dtype}, weights "
+          f"{args.weights or 'in 16 bits'}, {torch.get_num_threads()} threads")
+    print(f"memory: {gb(found['peak'])} at most while loading, {gb(found['peak with a token'])} "
+          f"with a first token, {gb(expected.total)} calculated; kept: {gb(found['kept'])} "
+          f"(ratio {found['peak'] / found['kept']:.2f})")
     print(f"time: {found['seconds']:.1f} s; reading alone {read:.1f}, packing alone {packed:.1f} "
           f"(ratio {found['seconds'] / (read + packed):.2f}); "
           f"to a first token {found['first token']:.1f} s")
 
 
+def run():
+    args = arguments()
+    if args.what == "table":
+        table()
+    else:
+        load(args)
+
+
 if __name__ == "__main__":
-    sys.exit(run_tool("measure_loading.py", run))
+    sys.exit(run_tool("memory.py", run))
