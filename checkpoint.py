@@ -291,17 +291,18 @@ def load_model(
     stored = stored_tensors(files)
     refuse_impossible_sizes(folder, config, files)
     is_tied = config.tie_word_embeddings and not has_its_own_head(stored)
-    with torch.device("meta"):                                       # no memory yet
-        model = Llama(replace(config.shared_by(share.count), tie_word_embeddings=is_tied))
     if is_tied:
         stored.pop("lm_head.weight", None)
-    require_parts(model, stored, share, folder)
+    config = replace(config, tie_word_embeddings=is_tied)
+    with torch.device("meta"):                                       # no memory yet
+        require_parts(Llama(config), stored, folder)
+        model = Llama(config.shared_by(share.count))
 
     def load(part: Part):
         module = model.get_submodule(part.module)
         weight = torch.empty(module.weight.shape, dtype=dtype, device=device)
         for name, place in zip(part.names, weight.split(part.rows)):
-            read_into(place, name, stored[name].path, part.shared, share.rank)
+            read_into(place, name, stored[name], part.shared, share)
         module.weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(module, nn.Linear):
             model.set_submodule(part.module, form(module))
@@ -329,19 +330,22 @@ def side_by_side(work: Callable, items: list):
         threads.shutdown(cancel_futures=True)
 
 
-def read_into(place: Tensor, name: str, path: Path, shared: int | None = None, rank: int = 0):
-    """Copy a tensor; or if it is shared along a dimension, as much as the place has, at our rank.
+def read_into(place: Tensor, name: str, tensor: Stored, shared: int | None, share: Share):
+    """Copy a tensor; or if it is shared along a dimension, as much as the place has.
 
-    The file is opened for each, so that what is mapped of it does not count as used memory for
-    long.
+    Where there are more processes than key-value heads, several read the same head.
+    The file is opened for each tensor, so that what is mapped of it does not count as used memory
+    for long.
     """
-    with opened(path) as tensors:
+    with opened(tensor.path) as tensors:
         source = tensors.get_slice(name)
         if shared is None:
             place.copy_(source[:])
             return
         size = place.shape[shared]
-        ours = slice(rank * size, (rank + 1) * size)
+        before = share.rank * tensor.shape[shared] // share.count
+        start = before // size * size
+        ours = slice(start, start + size)
         place.copy_(source[ours] if shared == 0 else source[:, ours])
 
 
@@ -408,20 +412,17 @@ def has_its_own_head(stored: dict[str, Stored]) -> bool:
                                b.get_tensor("model.embed_tokens.weight"))
 
 
-def require_parts(model: Llama, stored: dict[str, Stored], share: Share, folder: Path):
+def require_parts(model: Llama, stored: dict[str, Stored], folder: Path):
     """Refuse files that hold other tensors than the model has, or of other shapes."""
     missing = []
     unexpected = dict(stored)
     for part in parts(model):
         width = model.get_submodule(part.module).weight.shape[1:]
         for name, rows in zip(part.names, part.rows):
-            shape = [rows, *width]
-            if part.shared is not None:
-                shape[part.shared] *= share.count
             if name not in stored:
                 missing.append(name)
             else:
-                require_floats(name, unexpected.pop(name), tuple(shape))
+                require_floats(name, unexpected.pop(name), (rows, *width))
     if unexpected:
         name = next(iter(unexpected))
         raise ModelError(f"{stored[name].path}: unexpected tensor {name} (not a plain LLaMA?)")

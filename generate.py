@@ -29,6 +29,7 @@ import torch
 
 from checkpoint import (
     BUNDLED,
+    Share,
     Tokenizer,
     find_folder,
     load_model,
@@ -42,6 +43,14 @@ from extras.exact import exact_width
 from extras.lookup import MOST, Lookup
 from extras.memory import Plan, require_fits
 from extras.packed import choose_form, choose_threads, pack
+from extras.parallel import (
+    added_in_order,
+    all_reduced,
+    as_one_of_several,
+    join_layers,
+    my_place,
+    require_divisible,
+)
 from extras.trace import Traced, page, record
 from extras.worth import SHAPE
 from model import KVCache, Llama, ModelError
@@ -189,6 +198,9 @@ def choose_device(
     name: str | None, dtype: str | None, weights: str | None = None
 ) -> tuple[torch.device, torch.dtype]:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = my_place()
+    if name == "cuda" and not place.is_alone:
+        name = f"cuda:{place.local_rank}"
     counts = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
@@ -215,17 +227,23 @@ def form_of_weights(weights: str | None, device: torch.device, dtype: torch.dtyp
     return choose_form(device, dtype)
 
 
-def require_memory(args: argparse.Namespace, folder: Path, device, dtype, prompt: list[int]):
-    """Refuse what does not fit the device, before gigabytes are read."""
+def require_room(args: argparse.Namespace, folder: Path, device, dtype, prompt: list[int]):
+    """Refuse what processes cannot share or the device cannot hold, before gigabytes are read."""
+    place = my_place()
     config = read_config(folder)
+    require_divisible(config, place.count)
     tokens = min(len(prompt) + args.max_new_tokens, config.max_position_embeddings)
-    plan = Plan(config, device, dtype, tokens, args.weights, 1, stored_bytes(folder))
-    require_fits(plan, len(prompt))
+    plan = Plan(config, device, dtype, tokens, args.weights, place.count, stored_bytes(folder))
+    require_fits(plan, len(prompt), place.local_count if device.type == "cpu" else 1)
 
 
 def prepare_model(args: argparse.Namespace, folder: Path, device, dtype) -> Llama:
+    place = my_place()
     form = form_of_weights(args.weights, device, dtype)
-    model = pack(load_model(folder, device, dtype, form))
+    model = load_model(folder, device, dtype, form, Share(place.rank, place.count))
+    if not place.is_alone:
+        join_layers(model, all_reduced if args.exact is False else added_in_order)
+    model = pack(model)
     choose_threads(model)
     if args.cuda_graphs:
         from extras.cuda_graphs import GraphedLlama
@@ -556,10 +574,12 @@ def prepare(args: argparse.Namespace, text: str) -> tuple[Decoder, Tokenizer, li
     device, dtype = choose_device(args.device, args.dtype, args.weights)
     require(device.type == "cuda" or not args.cuda_graphs,
             f"--cuda-graphs needs an NVIDIA GPU, and the device is {device}")
+    require(my_place().is_alone or not args.cuda_graphs,
+            "--cuda-graphs are for one process: leave them out under torchrun")
     folder = find_folder(args.model)
     tokenizer = Tokenizer(folder)
     prompt = tokenizer.encode(text, args.chat)
-    require_memory(args, folder, device, dtype, prompt)
+    require_room(args, folder, device, dtype, prompt)
     decoder = Decoder(args, folder, prepare_model(args, folder, device, dtype), tokenizer.stop)
     if args.method == "clasp" and decoder.wants_exact and decoder.width is None:
         say("not exact: kernels here round differently by a row's place, whatever the pass's width")
@@ -649,4 +669,4 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")       # some terminals have no UTF-8
-    sys.exit(main())
+    sys.exit(main() if my_place().is_alone else as_one_of_several(main))

@@ -53,15 +53,22 @@ class Config:
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
         return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
 
-    def shared_by(self, count: int) -> "Config":
-        """What each of ``count`` processes has of the model: some heads, some of each MLP's width.
+    def can_be_shared_by(self, count: int) -> bool:
+        """By so many processes, each with as many heads, and as much of each MLP?
 
-        Key-value heads and the width must be divisible. See extras/parallel.py.
+        Key-value heads are shared too; or if they are fewer, several processes have the same.
         """
+        kv_heads = self.num_key_value_heads
+        kv_heads_fit = kv_heads % count == 0 or count % kv_heads == 0
+        return kv_heads_fit and (self.num_attention_heads % count == 0
+                                 and self.intermediate_size % count == 0)
+
+    def shared_by(self, count: int) -> "Config":
+        """What each of ``count`` processes has of the model; see extras/parallel.py."""
         return replace(
             self,
             num_attention_heads=self.num_attention_heads // count,
-            num_key_value_heads=self.num_key_value_heads // count,
+            num_key_value_heads=max(1, self.num_key_value_heads // count),
             intermediate_size=self.intermediate_size // count)
 
 
@@ -257,6 +264,7 @@ def round_up(count: int, step: int) -> int:
 
 class Llama(nn.Module):
     """Embedding, decoder layers, final norm and head. A tied head is the embedding's own matrix."""
+    clock = None         # where several processes share a model: a function that shows one time
 
     def __init__(self, config: Config):
         super().__init__()

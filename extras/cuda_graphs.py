@@ -135,6 +135,7 @@ class GraphedLlama:
         self.embed = model.embed
         self.layers = model.layers
         self.device = model.device
+        self.clock = model.clock
         self.rows = {}                                   # by number: Rows
         self.captures = 0
         self.in_use = weakref.WeakKeyDictionary()        # by cache: CacheMemory

@@ -5,9 +5,9 @@
     scratch   the matrices that are being packed while loading; or, if that is more, the states of
               as many of the prompt's tokens as go through the model at once
 
-``python tools/memory.py load`` measures what is calculated here. One thing is left out: FBGEMM, which
-keeps 16-bit weights for a CPU that computes in float32, fills columns up to a multiple of 512. Those
-of LLaMA 3 are that.
+``python tools/memory.py load`` measures what is calculated here. One thing is left out: FBGEMM,
+which keeps 16-bit weights for a CPU that computes in float32, fills columns up to a multiple of
+512. Those of LLaMA 3 are that.
 """
 from pathlib import Path
 from typing import NamedTuple
@@ -166,7 +166,7 @@ def alternatives(plan: Plan, free: int, prompt: int) -> list[str]:
     if plan.device.type == "cuda":
         for count in range(plan.processes + 1, ALTERNATIVES + 1):
             each = plan._replace(processes=count)
-            if is_divisible(plan.config, count) and needed(each).total <= free:
+            if plan.config.can_be_shared_by(count) and needed(each).total <= free:
                 found.append(f"torchrun --nproc-per-node {count} ({gb(needed(each).total)} on each "
                              "of as many devices)")
                 break
@@ -176,11 +176,6 @@ def alternatives(plan: Plan, free: int, prompt: int) -> list[str]:
     if tokens > prompt:
         found.append(f"--max-new-tokens {tokens - prompt}")
     return found
-
-
-def is_divisible(config: Config, count: int) -> bool:
-    """Can so many processes share a layer's heads and the width of its MLP?"""
-    return not (config.num_key_value_heads % count or config.intermediate_size % count)
 
 
 def gb(size: int) -> str:

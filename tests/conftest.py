@@ -42,7 +42,7 @@ def at_length(divisor: int = 1) -> settings:
 
 
 def random_model(
-    layers=6, vocabulary=61, seed=0, residual=0.3, head_scale=1.0, context=256
+    layers=6, vocabulary=61, seed=0, residual=0.3, head_scale=1.0, context=256, heads=4
 ) -> Llama:
     """A LLaMA with random weights.
 
@@ -54,8 +54,8 @@ def random_model(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
         head_dim=8,
         max_position_embeddings=context)
     model = Llama(config)

@@ -39,12 +39,12 @@ def copy_tokenizer(folder: Path):
         shutil.copy(BUNDLED / file, folder)
 
 
-def small_folder(folder: Path, context: int = 512) -> Path:
+def small_folder(folder: Path, context: int = 512, layers: int = 3, heads: int = 4) -> Path:
     """A random model of the bundled one's vocabulary, which never ends a text by itself."""
     folder.mkdir()
     copy_tokenizer(folder)
     vocabulary = json.loads((BUNDLED / "config.json").read_text())["vocab_size"]
-    model = random_model(layers=3, vocabulary=vocabulary, context=context).cpu()
+    model = random_model(layers, vocabulary, context=context, heads=heads).cpu()
     weights = {name: view.contiguous() for name, view in named_weights(model).items()}
     save_file(weights, folder / "model.safetensors")
     set_fields(folder, "config.json", model_type="llama", **asdict(model.config))
