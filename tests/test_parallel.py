@@ -183,7 +183,6 @@ def four_by_four(tmp_path_factory) -> Path:
 CASES = [
     pytest.param("random", 2, 2, 16, id="random on 2"),
     pytest.param("random", 4, 2, 16, id="random on 4", marks=pytest.mark.thorough),
-    pytest.param("random", 8, 1, 8, id="random on 8", marks=pytest.mark.thorough),
     pytest.param(BUNDLED, 3, 1, 24, id="bundled on 3", marks=pytest.mark.thorough),
     pytest.param(REAL, 3, 1, 8, id="real on 3",
                  marks=[pytest.mark.thorough, pytest.mark.skipif(not REAL, reason="none given")]),
