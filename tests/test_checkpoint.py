@@ -115,6 +115,7 @@ def folder(tmp_path) -> Path:
     ({"model_type": "mistral"}, "mistral"),
     ({"attention_bias": True}, "attention biases"),
     ({"mlp_bias": True}, "MLP biases"),
+    ({"is_causal": False}, "later tokens"),
     ({"hidden_act": "gelu"}, "gelu"),
     ({"quantization_config": {"bits": 4}}, "quantised"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
