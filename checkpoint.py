@@ -4,7 +4,8 @@
     *.safetensors                its weights, by name                           load_model
     tokenizer.json               text to token ids and back                     Tokenizer
     tokenizer_config.json        special tokens, the chat template              Tokenizer
-    chat_template.jinja          the same, in a file of its own                 Tokenizer
+    special_tokens_map.json      special tokens that are not named there        Tokenizer
+    chat_template.jinja          the template, in a file of its own             Tokenizer
     generation_config.json       stop tokens; settings for CLaSp that suit it   stop_tokens, ...
 
 Whatever model.py would compute wrongly is refused: a ModelError, one line that names what is wrong.
@@ -34,6 +35,7 @@ FILES = [                     # what is downloaded of a repository
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -473,7 +475,8 @@ class Tokenizer:
         self.special_ids = {i for i, token in added.items() if token.special}
         self.folder = folder
         self.config = read_json(folder / "tokenizer_config.json")
-        self.special = special_tokens(self.config)
+        beside = read_json(folder / "special_tokens_map.json")         # of older folders
+        self.special = special_tokens(beside) | special_tokens(self.config)
         self.stop = stop_tokens(folder)
 
     def encode(self, prompt: str | list[str], chat: bool = False) -> list[int]:

@@ -534,6 +534,16 @@ def test_the_models_own_chat_template_is_used_wherever_it_stands(text_folder):
     assert Tokenizer(text_folder).render(["hé"]) == expected
 
 
+def test_special_tokens_may_be_named_in_a_file_of_their_own(text_folder):
+    (text_folder / "chat_template.jinja").write_text(TEMPLATE)
+    expected = Tokenizer(text_folder).render(["hé"])
+    begin = Tokenizer(text_folder).special["bos_token"]
+    set_fields(text_folder, "tokenizer_config.json", bos_token=None)
+    assert begin not in Tokenizer(text_folder).render(["hé"])
+    set_fields(text_folder, "special_tokens_map.json", bos_token={"content": begin})
+    assert Tokenizer(text_folder).render(["hé"]) == expected
+
+
 def test_turns_of_a_conversation_alternate(text_folder):
     (text_folder / "chat_template.jinja").write_text(TEMPLATE)
     rendered = Tokenizer(text_folder).render(["a", "b", "c"])
