@@ -621,10 +621,10 @@ def write(args: argparse.Namespace) -> int:
         except KeyboardInterrupt:                      # the text is there all the same
             say("interrupted")
             interrupted = True
-    if args.trace and stats.tokens:
-        write_trace(decoder, tokenizer, plain_ends)
     if args.json:
         print(json.dumps(as_json(decoder, prompt, text, stats) | comparison), flush=True)
+    if args.trace and stats.tokens:
+        write_trace(decoder, tokenizer, plain_ends)
     return 130 if interrupted else 0
 
 
