@@ -20,8 +20,10 @@ import sys
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from grade import PROBLEMS, numbers
+from taken import CORE
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -61,11 +63,41 @@ class ExportError(Exception):
     """The list in grade.py, the core's source and its tests do not fit together."""
 
 
+class Stripped(NamedTuple):
+    """An assignment as it is handed out, but for the files that are copied."""
+    sources: dict[str, str]   # by module
+    tests: dict[str, str]     # by file
+    handout: str
+
+
 def export(out: Path, problems: list[int]):
     """Write the student's repository into ``out``, a new or empty folder.
 
     Raises ExportError before anything is written.
     """
+    modules = exported_modules()
+    sources, tests, text = stripped(problems)
+    for name, source in sources.items():
+        write(out / modules[name].relative_to(ROOT), source)
+    for name, source in tests.items():
+        write(out / "tests" / name, source)
+    shutil.copytree(TESTS / "golden", out / "tests" / "golden", ignore=IGNORED_PROGRAMS)
+    shutil.copytree(ROOT / "checkpoints", out / "checkpoints", ignore=IGNORED_PROGRAMS)
+    shutil.copytree(HERE / "checks", out / "checks", ignore=IGNORED)
+    for name in CORE:                                  # what the grader puts the functions into
+        write(out / "checks" / "core" / f"{name}.py", sources[name])
+    for name in ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore"):
+        shutil.copy(ROOT / name, out)
+    for name in ("trace.html", "trace.css"):                             # trace.py's page
+        shutil.copy(ROOT / "extras" / name, out / "extras")
+    for name in ("grade.py", "child.py", "taken.py", "leaderboard.py", "entry.py"):
+        shutil.copy(HERE / name, out)
+    write(out / "README.md", text)
+    write(out / "assignment.json", json.dumps({"problems": problems}) + "\n")
+
+
+def stripped(problems: list[int]) -> Stripped:
+    """Modules without what is assigned, the tests that go along, and the handout."""
     modules = exported_modules()
     sources = {name: path.read_text() for name, path in modules.items()}
     for module, bodies in new_bodies(problems).items():
@@ -78,23 +110,7 @@ def export(out: Path, problems: list[int]):
         sources[module] = path.read_text()
     text = handout(problems)
     tests = exported_tests(modules.keys() - stand_ins(problems).keys(), problems)
-    sources = without_helpers(sources, tests.values(), text)
-
-    for name, source in sources.items():
-        write(out / modules[name].relative_to(ROOT), source)
-    for name, source in tests.items():
-        write(out / "tests" / name, source)
-    shutil.copytree(TESTS / "golden", out / "tests" / "golden", ignore=IGNORED_PROGRAMS)
-    shutil.copytree(ROOT / "checkpoints", out / "checkpoints", ignore=IGNORED_PROGRAMS)
-    shutil.copytree(HERE / "checks", out / "checks", ignore=IGNORED)
-    for name in ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore"):
-        shutil.copy(ROOT / name, out)
-    for name in ("trace.html", "trace.css"):                             # trace.py's page
-        shutil.copy(ROOT / "extras" / name, out / "extras")
-    for name in ("grade.py", "leaderboard.py", "entry.py"):
-        shutil.copy(HERE / name, out)
-    write(out / "README.md", text)
-    write(out / "assignment.json", json.dumps({"problems": problems}) + "\n")
+    return Stripped(without_helpers(sources, tests.values(), text), tests, text)
 
 
 def write(path: Path, text: str):

@@ -1,12 +1,14 @@
 """Make checks/golden.json: the reference's numbers, for what cannot be worked out by hand.
 
-    python assignments/golden.py
+    python assignments/golden.py             the file
+    python assignments/golden.py --seed 7    other cases, on standard output: for marks
 
 Inputs come from seeds, so only results are kept. Cases where rounding could decide (two candidates
 all but equally close) are left out here, not met by a student. So are prompts of the leaderboard
 after which the bundled model all but ties: after another model takes its place, one run of this
 makes everything anew. A test holds the file against what this makes now.
 """
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import leaderboard
 from checks import problem1, problem3
+from checks.common import golden, use_golden
 
 import dp_skip
 from checkpoint import BUNDLED, Tokenizer, load_model
@@ -39,6 +42,7 @@ PROMPTS = [                   # of which the first that fit are taken
     "Lily was walking home when",
     "In the middle of the night, the princess",
 ]
+CONTINUED = 12                # tokens sampled after one of these, for other seeds than 0
 CONSISTENT = [(1, 1), (3, 2), (5, 5)]                  # layers, budget
 
 
@@ -46,9 +50,11 @@ def rounded(x):
     return [rounded(v) for v in x] if isinstance(x, list) else round(x, 6)
 
 
-def make() -> dict:
+def make(seed: int = 0) -> dict:
+    use_golden({"seed": seed})
     with torch.inference_mode():
         return {
+            "seed": seed,
             "rope": rope(),
             "layer": whole_layer(),
             "dp": dp_cases(),
@@ -127,8 +133,12 @@ def texts() -> list[dict]:
     model = load_model(BUNDLED)
     tokenizer = Tokenizer(BUNDLED)
     kept = []
-    for prompt in PROMPTS:
+    for i, prompt in enumerate(PROMPTS):
         ids = tokenizer.encode(prompt)
+        if golden()["seed"]:                           # a prompt that nobody can have seen
+            seed = golden()["seed"] + i
+            ids += autoregressive(model, ids, CONTINUED, temperature=1.0, seed=seed)
+            prompt = tokenizer.decode(ids)
         tokens = list(autoregressive(model, ids, leaderboard.TOKENS))
         if least_margin(model, ids, tokens) >= MARGIN:
             kept.append({"text": prompt, "prompt": ids, "tokens": tokens})
@@ -145,6 +155,17 @@ def least_margin(model, prompt: list[int], tokens: list[int]) -> float:
     return (first - second).min().item()
 
 
-if __name__ == "__main__":
+def main():
+    parser = argparse.ArgumentParser(description="Make the reference's numbers.")
+    parser.add_argument("--seed", type=int, metavar="N", help="others, on standard output")
+    seed = parser.parse_args().seed
+    torch.set_num_threads(1)                           # four gradings at once are no race
+    if seed is not None:
+        print(json.dumps(make(seed)))
+        return
     parts = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in make().items()]
     FILE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -19,10 +20,14 @@ sys.path.insert(0, str(HERE))
 import checks
 import export
 import golden
+import grade
 import leaderboard
 import mistakes
+import taken
 from checks import CHECKS
 from grade import PROBLEMS, assigned
+
+import speculative
 
 CORE = ("model.py", "dp_skip.py", "speculative.py")
 ALL = tuple(PROBLEMS)
@@ -165,40 +170,260 @@ def outputs(results: dict) -> dict[str, str]:
 
 
 @pytest.mark.thorough
-def test_code_that_hangs_crashes_or_leaves_loses_its_own_problem_only(solved):
+def test_code_that_hangs_crashes_or_leaves_loses_its_checks_only(solved):
+    """An endless loop costs the check that it is in, and the next runs in a new process."""
     misbehave(solved, "model.RMSNorm.forward", "while True: pass")
-    misbehave(solved, "model.Llama.logits", "import ctypes; ctypes.string_at(0)")
-    misbehave(solved, "dp_skip.distances", "import os; os._exit(0)")
+    misbehave(solved, "model.Llama.logits", "return torch.ones(2).as_strided((9,), (1 << 60,))")
+    misbehave(solved, "dp_skip.distances", "while True: pass")
     misbehave(solved, "model.Llama.candidate_layer", "return torch.empty(1 << 40)")
-    misbehave(solved, "speculative.accept_greedy", "raise SystemExit(0)")
+    misbehave(solved, "speculative.accept_greedy", "import time; time.sleep(1e9)")
     results = graded(solved)
     said = outputs(results)
     got = scores(results)
-    assert got[1] == 0
-    assert re.search(r"not come to an end within \d+ s, at model.py, line \d+$", said["1.1"])
-    assert said["1.2"] == "not reached: see check 1.1"
+    late = r"did not come to an end within {} s, at {}.py, line \d+$"
+    assert got[1] == FULL[1] - 3 - 1
+    assert re.search(late.format(10, "model"), said["1.1"])
+    assert re.search(late.format(10, "model"), said["1.9"])
     assert got[2] == FULL[2] - 2
-    assert re.search(r"SIGSEGV, at model.py, line \d+$", said["2.6"])
-    assert got[3] == 0
-    assert "ended the whole process" in said["3.1"]
+    assert got[3] == FULL[3] - 2
+    assert re.search(late.format(10, "dp_skip"), said["3.1"])
     assert got[4] == FULL[4] - 9
     assert "3 GiB" in said["4.6"]
     assert got[5] == FULL[5] - 5
-    assert "sys.exit" in said["5.1"]
+    assert re.search(late.format(60, "speculative"), said["5.1"])
     assert got[6] == FULL[6]
 
 
-@pytest.mark.thorough
-def test_what_a_solution_prints_or_writes_counts_for_nothing(solved):
-    misbehave(solved, "model.RMSNorm.forward", """
-import json, os
-line = json.dumps({"key": "", "number": "1.1", "passed": True}) + "\\n"
-os.write(1, line.encode())
-os.write(2, line.encode())
-print("passed", flush=True)
+@pytest.mark.parametrize("status, faults, how", [
+    (-11, "Fatal Python error: Segmentation fault", "was killed by SIGSEGV"),
+    (-24, "Fatal Python error", "did not come to an end within 10 s"),
+    (1, "Timeout (0:01:00)!", "did not come to an end within 60 s"),
+    (0, "", "ended the whole process"),
+    (None, "", "was stopped: 400 s for all problems were used up"),
+])
+def test_how_a_process_ended_is_said(status, faults, how):
+    assert grade.how_it_ended(status, faults) == how
+
+
+# ---------------------------------------------------------------- cheats
+
+FRAMES_WALKED = """
+import json, os, sys
+frame = sys._getframe()
+while frame.f_code.co_name != "main":
+    frame = frame.f_back
+known = frame.f_locals
+numbers = known["job"]["checks"]
+for number in numbers[numbers.index(known["number"]):]:
+    if number != known["number"]:
+        known["say"](number=number)
+    known["say"](number=number, passed=True, message="")
 os._exit(0)
+"""
+CHECKS_REPLACED = """
+import checks
+for problem, of_it in checks.CHECKS.items():
+    checks.CHECKS[problem] = [check._replace(run=lambda: None) for check in of_it]
+"""
+CHECKS_FOUND = """
+import gc
+for thing in gc.get_objects():
+    if isinstance(thing, dict) and "CHECKS" in thing:
+        thing["equal"] = thing["close"] = lambda *_: None
+"""
+COMPARED_BY_ITSELF = """
+class Right(int):
+    def __ne__(self, other):
+        return False
+return Right(1), Right(1)
+"""
+ANY_RESULT_IS_CLOSE = """
+torch.isclose = torch.eq = lambda *_, **__: torch.tensor(True)
+return torch.zeros(1)
+"""
+ATTRIBUTES_WALKED = """
+for kind in ().__class__.__base__.__subclasses__():
+    if kind.__name__ == "PropertyError":
+        kind.__init__.__globals__["equal"] = lambda *_: None
+"""
+ANSWERS_READ = """
+numbers = torch.load("checks/golden.json", weights_only=False)
+return numbers["layer"]
+"""
+CHEATS = {
+    "frames": FRAMES_WALKED,
+    "checks replaced": CHECKS_REPLACED,
+    "objects searched": CHECKS_FOUND,
+    "compares itself": COMPARED_BY_ITSELF,
+    "torch exchanged": ANY_RESULT_IS_CLOSE,
+    "attributes walked": ATTRIBUTES_WALKED,
+    "answers read": ANSWERS_READ,
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", CHEATS)
+def test_a_cheat_gets_nothing_at_the_end_of_a_file_or_in_a_function(exported, tmp_path, name):
+    out = shutil.copytree(exported(), tmp_path / "cheat")
+    path = out / "model.py"
+    for problem in PROBLEMS.values():
+        for function in problem.functions:
+            misbehave(out, function, CHEATS[name])
+    if "return" not in CHEATS[name]:
+        path.write_text(path.read_text() + CHEATS[name])
+    results = for_marks(out, ALL if name in ("frames", "checks replaced") else (1,))
+    assert results["score"] == 0
+    assert "is not allowed" in results["output"]
+
+
+def for_marks(repo, problems, *options) -> dict:
+    """By the project's copy of the grader, on cases made anew."""
+    names = ",".join(map(str, problems))
+    done = subprocess.run(
+        [sys.executable, str(HERE / "grade.py"), str(repo), "--json", "--problems", names,
+         "--seed", "3", *options], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return json.loads(done.stdout)
+
+
+REFUSED = [                   # statements, and what is said of them
+    ("import os", "the module os"),
+    ("import sys as torch", "the module sys"),
+    ("from torch import sys", "torch.sys"),
+    ("from torch.utils import data", "the module torch.utils"),
+    ("import checks.common", "the module checks.common"),
+    ("from unittest import mock", "the module unittest"),
+    ("torch.sys.modules", ".sys"),
+    ("t = torch; t.os._exit(0)", "._exit"),
+    ("sys.modules['checks']", None),                   # no import, no name: a NameError
+    ("open('results', 'w')", "the name open"),
+    ("__import__('os')", "the name __import__"),
+    ("getattr(torch, 'o' + 's')", "the name getattr"),
+    ("eval('1')", "the name eval"),
+    ("exec('1')", "the name exec"),
+    ("type('Right', (int,), {})", "the name type"),
+    ("x = type", "the name type"),
+    ("type(torch).__dict__", ".__dict__"),
+    ("vars(torch)", "the name vars"),
+    ("globals()", "the name globals"),
+    ("attention.__globals__", ".__globals__"),
+    ("(x for x in ()).gi_frame.f_back", ".f_back"),
+    ("'{0.__globals__}'.format(attention)", ".format"),
+    ("f'{attention.__globals__}'", ".__globals__"),
+    ("torch.load('x')", ".load"),
+    ("torch.save(1, 'x')", ".save"),
+    ("torch.ops.aten", ".ops"),
+    ("torch.library.Library", ".library"),
+    ("torch.from_file('x')", ".from_file"),
+    ("torch.Tensor.tolist = print", "an assignment to .tolist"),
+    ("import speculative\nspeculative.distribution = print", "an assignment to .distribution"),
+    ("for torch.isclose in (print,): pass", "an assignment to .isclose"),
+    ("from functools import update_wrapper", "functools.update_wrapper"),
+    ("from collections.abc import ABCMeta", "collections.abc.ABCMeta"),
+    ("global attention\nattention = print", "global"),
+    ("class A: pass", "a class"),
+    ("match x:\n    case Config(__dict__=y): pass", "a class pattern"),
+    ("try: 1\nexcept: pass", "an except without the name of one error"),
+    ("try: 1\nexcept Exception: pass", "an except without the name of one error"),
+    ("from model import *", "import *"),
+]
+
+
+@pytest.mark.parametrize("statements, what", REFUSED)
+def test_code_that_reaches_for_the_grader_is_refused(statements, what):
+    said = taken.refusal(ast.parse(statements), taken.NOT_TO_BE_SET | {"distribution"})
+    assert (f"uses {what}, which is not allowed" in said) if what else not said
+
+
+def test_what_solutions_are_written_with_is_allowed():
+    for name in CORE:
+        assert taken.refusal(ast.Module(functions_in(ROOT / name), []), set()) == ""
+    for path in (HERE / "solutions").glob("problem*.py"):
+        assert taken.refusal(ast.Module(functions_in(path), []), set()) == ""
+
+
+def functions_in(path) -> list[ast.FunctionDef]:
+    """Those that are assigned, without what only declares them."""
+    tree = ast.parse(path.read_text())
+    assigned_ones = {name.split(".")[-1] for one in PROBLEMS.values() for name in one.functions}
+    return [node for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.name in assigned_ones]
+
+
+def test_functions_and_values_of_a_students_own_are_taken_and_nothing_else_runs(tmp_path):
+    path = tmp_path / "dp_skip.py"
+    core = grade.skeletons([3])
+    path.write_text(core["dp_skip"].replace(
+        'raise NotImplementedError("dp_skip.walk_back, problem 3")', "return helper(budget)") + """
+import math
+import os
+HALF = 0.5
+TWICE = helper(2)
+def helper(x): return x + HALF
+def cosines(candidates, state): return 1 / 0
+raise SystemExit(1)
 """)
-    assert scores(graded(solved, "--problems", "1")) == {1: 0}
+    tree, notes = taken.assemble(core["dp_skip"], path, set())
+    module = {"__watched__": checks.common.watched, "__name__": "dp_skip"}
+    exec(compile(tree, "dp_skip.py", "exec"), module)
+    assert module["walk_back"](None, 1, 2) == 2.5
+    assert module["math"] is __import__("math")
+    assert "os" not in module and "TWICE" not in module
+    assert len(notes) == 2 and "the module os" in notes[0] and "TWICE" in notes[1]
+
+
+def test_a_file_that_is_missing_damaged_or_a_link_costs_its_functions_only(solved):
+    (solved / "dp_skip.py").write_text("def (:")
+    (solved / "speculative.py").unlink()
+    os.replace(solved / "model.py", solved / "other.py")
+    (solved / "model.py").symlink_to(ROOT / "model.py")
+    results = for_marks(solved, (1, 3, 5))
+    assert results["score"] == 0
+    said = outputs(results)
+    assert said["1.1"] == "not taken: model.py is a link, or too large"
+    assert "dp_skip.py does not load, SyntaxError in line 1" in said["3.1"]
+    assert said["5.1"] == "not taken: there is no speculative.py"
+
+
+def line(number, **said) -> dict:
+    return {"number": number, **said}
+
+
+PASSED = {"passed": True, "message": ""}
+
+
+@pytest.mark.parametrize("lines", [
+    [line("3.1"), line("3.1", **PASSED), line("3.1"), line("3.1", **PASSED)],
+    [line("3.2"), line("3.2", **PASSED)],
+    [line("3.1", **PASSED)],
+    [line("3.1"), line("3.2", **PASSED)],
+    [line("3.1"), line("3.1", passed=True)],
+    [line("3.1"), line("3.1", **PASSED), line("3.2"), line("3.2", **PASSED), line("3.3")],
+])
+def test_a_report_in_another_order_or_twice_is_refused(lines):
+    with pytest.raises(grade.ForgedError):
+        grade.read_report(lines, ["3.1", "3.2"])
+
+
+def test_a_report_that_ends_early_has_no_points_for_the_rest():
+    lines = [line("3.1"), line("3.1", **PASSED), line("3.2")]
+    assert grade.read_report(lines, ["3.1", "3.2"]) == [(True, "")]
+
+
+@pytest.mark.parametrize("said", ['{"number": "3.1"}', "[]", "no JSON", '{"key": "other"}'])
+def test_a_report_with_a_line_of_another_hand_is_refused(said):
+    with pytest.raises(grade.ForgedError):
+        grade.with_key('{"key": "k", "number": "3.1"}\n' + said, "k")
+
+
+def test_another_seed_makes_other_cases_on_which_the_file_is_no_answer_sheet():
+    kept = json.loads(golden.FILE.read_text())
+    made = json.loads(json.dumps(golden.make(3)))
+    golden.use_golden({})
+    assert made.keys() == kept.keys()
+    for name in made:
+        assert name == "rope" or made[name] != kept[name], name
+    assert not {text["text"] for text in made["texts"]} & {text["text"] for text in kept["texts"]}
 
 
 @pytest.mark.thorough
@@ -469,24 +694,24 @@ def short_leaderboard(monkeypatch):
     monkeypatch.setattr(leaderboard, "ROUNDS", 1)
 
 
+def an_entry(drafter=None, **settings):
+    return SimpleNamespace(SETTINGS=settings, DRAFTER=drafter)
+
+
 def test_the_leaderboard_measures_the_settings(short_leaderboard):
-    board = leaderboard.measure()
+    board = leaderboard.measure(leaderboard.load_entry(HERE / "entry.py"))
     assert re.match(r"speedup \d+\.\d\dx, tau \d", board["line"])
     assert board["values"]["tau"] >= 1
 
 
-def test_the_leaderboard_measures_a_drafter_made_for_each_text(short_leaderboard, monkeypatch):
-    import entry
-
-    from speculative import Drafter
+def test_the_leaderboard_measures_a_drafter_made_for_each_text(short_leaderboard):
     models = []
 
     def make(model):
         models.append(model)
-        return Drafter()
+        return speculative.Drafter()
 
-    monkeypatch.setattr(entry, "DRAFTER", make)
-    assert leaderboard.measure()["values"]["tau"] == 1         # it never drafts
+    assert leaderboard.measure(an_entry(make))["values"]["tau"] == 1         # it never drafts
     assert len(models) == 2 * golden.TEXTS                     # to warm up, and timed
     assert len(set(map(id, models))) == 1
 
@@ -497,4 +722,34 @@ def test_the_leaderboard_refuses_another_text(short_leaderboard, monkeypatch):
 
     monkeypatch.setattr("speculative.accept_greedy", accept_all)
     with pytest.raises(checks.PropertyError, match="whole model's own"):
-        leaderboard.measure()
+        leaderboard.measure(an_entry())
+
+
+def test_the_leaderboard_takes_the_documented_settings_and_no_others(short_leaderboard):
+    with pytest.raises(checks.PropertyError, match="SETTINGS in entry.py are some of skip_layers"):
+        leaderboard.measure(an_entry(model="another"))
+
+
+def test_the_leaderboard_counts_by_itself(short_leaderboard):
+    """What a drafter writes into the statistics is not looked at."""
+    class Boasting(speculative.Drafter):
+        def observe(self, text, outcome):
+            text.stats.cycles = 1
+
+    assert leaderboard.measure(an_entry(lambda model: Boasting()))["values"]["tau"] == 1
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("text, said", [
+    ("DRAFTER = None\nSETTINGS = {'top_p': 1}", "SETTINGS in entry.py are some of"),
+    ("raise SystemExit", "sys.exit, at entry.py, line 1"),
+    ("1 / 0", "ZeroDivisionError: division by zero, at entry.py, line 1"),
+    ("import os; os._exit(0)", "nothing measured"),
+    ("import os; os.write(3, b'{}')", ""),
+])
+def test_a_leaderboard_that_cannot_be_says_why_and_costs_no_points(solved, text, said):
+    (solved / "entry.py").write_text(text)
+    results = for_marks(solved, (5,), "--leaderboard")
+    assert results["score"] == FULL[5]
+    assert said in results["output"]
+    assert "leaderboard" not in results

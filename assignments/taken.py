@@ -1,0 +1,314 @@
+"""What is graded of a student's files, and what such code may do.
+
+Of each file of the core only these are taken, and put into the core as it was handed out:
+
+* the bodies of the assigned functions;
+* functions that are new, at the top level, and there too what is imported or named, as EPS = 1e-6.
+
+All else of a student's file is never run. A function that may not be taken has a body that raises
+in its place: it costs the checks that need it, and they say why.
+
+What such a function may do is a list (``fault``): the modules of MODULES, the builtins of BUILTINS,
+attributes that lead neither to the interpreter nor to files. Python is large, and this is no proof
+that nobody finds a way around it; see README.md.
+"""
+import ast
+import builtins
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+CORE = ("model", "dp_skip", "speculative")             # in the order in which they import
+LARGEST_FILE = 1 << 20                                 # bytes
+UNWRITTEN = re.compile(r"[\w.]+, problem \d")          # what the body of an assigned function says
+
+MODULES = {
+    "collections", "collections.abc", "functools", "itertools", "math", "time",
+    "torch", "torch.nn", "torch.nn.functional", *CORE,
+}
+BUILTINS = set("""
+    abs all any bool bytes callable complex dict divmod enumerate filter float frozenset hash id int
+    isinstance issubclass iter len list map max min next object pow print range repr reversed round
+    set slice sorted str sum tuple zip NotImplemented Ellipsis ArithmeticError AssertionError
+    AttributeError FloatingPointError IndexError KeyError LookupError NotImplementedError
+    OverflowError RuntimeError StopIteration TypeError ValueError ZeroDivisionError
+""".split())
+HARMLESS = {                                           # attributes, although modules are named so
+    "chunk", "collections", "copy", "functional", "functools", "itertools", "linalg", "math", "nn",
+    "queue", "random", "select", "special", "time", "token", "torch", "trace",
+}
+TORCH_MODULES = {name for name in dir(torch) if isinstance(getattr(torch, name), ModuleType)}
+REFUSED = (set(sys.stdlib_module_names) | TORCH_MODULES) - HARMLESS | set("""
+    ABC ABCMeta Enum EnumMeta EnumType UserDict UserList UserString apply_ cached_property compile
+    data_ptr format format_map from_buffer from_file frombuffer import_ir_module load map2_ map_ mro
+    numpy partialmethod save set_ set_default_device set_default_dtype share_memory_ singledispatch
+    singledispatchmethod storage tofile total_ordering typename untyped_storage update_wrapper wraps
+""".split())
+FRAMES = re.compile(r"(f|tb|gi|cr|ag|co|func)_\w+")
+NOT_TO_BE_SET = set(dir(torch)) | set(dir(torch.Tensor)) | set(dir(torch.nn.functional))
+
+STATEMENTS = {
+    ast.ClassDef: "a class",
+    ast.AsyncFunctionDef: "async",
+    ast.AsyncFor: "async",
+    ast.AsyncWith: "async",
+    ast.Await: "await",
+    ast.Global: "global",
+    ast.MatchClass: "a class pattern",
+}
+
+
+class Taken(NamedTuple):
+    """A module of the core with a student's functions in it."""
+    tree: ast.Module
+    notes: list[str]          # what was not taken, and why
+
+
+# ---------------------------------------------------------------------------- what code may do
+
+def refusal(tree: ast.AST, fixed: set[str]) -> str:
+    """The first thing in this code that is not allowed, with its line; "" if there is none."""
+    for node in walk(tree):
+        what = fault(node, fixed)
+        if what:
+            return f"line {getattr(node, 'lineno', '?')} uses {what}, which is not allowed"
+    return ""
+
+
+def walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes; but of type(x).__name__, which messages use, only x: type makes classes too."""
+    nodes = [tree]
+    while nodes:
+        node = nodes.pop(0)
+        match node:
+            case ast.Attribute(ast.Call(ast.Name("type"), [of]), "__name__"):
+                nodes.append(of)
+            case _:
+                yield node
+                nodes += ast.iter_child_nodes(node)
+
+
+def fault(node: ast.AST, fixed: set[str]) -> str:
+    """What is not allowed in a node itself."""
+    if type(node) in STATEMENTS:
+        return STATEMENTS[type(node)]
+    if isinstance(node, ast.Name) and not is_name_allowed(node):
+        return f"the name {node.id}"
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("__"):
+        return f"the name {node.name}"
+    if isinstance(node, ast.Attribute):
+        if not is_attribute_allowed(node.attr):
+            return f".{node.attr}"
+        if not isinstance(node.ctx, ast.Load) and node.attr in fixed:
+            return f"an assignment to .{node.attr}"
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return import_fault(node)
+    if isinstance(node, ast.ExceptHandler) and not is_handler_allowed(node):
+        return "an except without the name of one error"
+    return ""
+
+
+def is_name_allowed(node: ast.Name) -> bool:
+    is_read = isinstance(node.ctx, ast.Load)
+    is_builtin = node.id in dir(builtins)
+    return not node.id.startswith("__") and not (is_read and is_builtin and node.id not in BUILTINS)
+
+
+def is_attribute_allowed(name: str) -> bool:
+    is_hidden = name.startswith(("_", "register_")) or FRAMES.fullmatch(name)
+    return not is_hidden and name not in REFUSED
+
+
+def import_fault(node: ast.Import | ast.ImportFrom) -> str:
+    if isinstance(node, ast.Import):
+        modules = [alias.name for alias in node.names]
+    else:
+        modules = ["." * node.level + (node.module or "")]
+        for name in [alias.name for alias in node.names]:
+            if f"{node.module}.{name}" not in MODULES and not is_attribute_allowed(name):
+                return f"{node.module}.{name}"
+    for name in modules:
+        if name not in MODULES:
+            return f"the module {name}"
+    return "import *" if node.names[0].name == "*" else ""
+
+
+def is_handler_allowed(node: ast.ExceptHandler) -> bool:
+    """Exception and BaseException are no names of BUILTINS: what a check raises is not caught."""
+    kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+    return all(isinstance(kind, ast.Name) and kind.id in BUILTINS for kind in kinds)
+
+
+# ---------------------------------------------------------------------------- what is taken
+
+def assemble(skeleton: str, file: Path, fixed: set[str]) -> Taken:
+    """A module as handed out, with the functions of this file. Its lines are the file's.
+
+    fixed: names of the core, which are not to be set. Never raises, whatever stands in the file.
+    """
+    core = ast.parse(skeleton)
+    student, trouble = parsed(file)
+    notes = [trouble] if trouble else []
+    for name, node in functions(core):
+        written = find(student, name)
+        if not is_unwritten(node):
+            ast.increment_lineno(node, written.lineno - node.lineno if written else 0)
+            continue
+        reason = trouble or take(node, written, fixed)
+        if reason:
+            node.body = raising(reason)
+        if reason and not trouble:
+            notes.append(f"{file.name}: {name}: {reason}")
+        node.decorator_list.append(ast.Name("__watched__", ast.Load()))
+    core.body += news(student, bound(core), fixed, notes)
+    return Taken(ast.fix_missing_locations(core), notes)
+
+
+def parsed(file: Path) -> tuple[ast.Module, str]:
+    """What stands in a file, and why nothing does. A link could lead to the reference."""
+    try:
+        if file.is_symlink() or file.stat().st_size > LARGEST_FILE:
+            return ast.Module([], []), f"{file.name} is a link, or too large"
+        return ast.parse(file.read_text()), ""
+    except OSError:
+        trouble = f"there is no {file.name}"
+    except SyntaxError as error:
+        trouble = f"{file.name} does not load, SyntaxError in line {error.lineno}: {error.msg}"
+    except (ValueError, RecursionError, MemoryError) as error:
+        trouble = f"{file.name} does not load, {type(error).__name__}: {error}"
+    return ast.Module([], []), trouble
+
+
+def functions(core: ast.Module) -> list[tuple[str, ast.FunctionDef]]:
+    """Functions and methods of a module: dotted name in it, and definition."""
+    found = []
+    for node in core.body:
+        inside = node.body if isinstance(node, ast.ClassDef) else []
+        found += [(f"{node.name}.{part.name}", part) for part in inside if is_function(part)]
+        if is_function(node):
+            found.append((node.name, node))
+    return found
+
+
+def is_function(node: ast.AST) -> bool:
+    return isinstance(node, ast.FunctionDef)
+
+
+def is_unwritten(node: ast.FunctionDef) -> bool:
+    if not isinstance(node.body[-1], ast.Raise):
+        return False
+    error = node.body[-1].exc
+    return isinstance(error, ast.Call) and bool(error.args) and bool(
+        UNWRITTEN.fullmatch(str(getattr(error.args[0], "value", ""))))
+
+
+def find(tree: ast.Module, name: str) -> ast.FunctionDef | None:
+    """A function by its dotted name: the last definition, as in Python."""
+    node = tree
+    for part in name.split("."):
+        kinds = ast.FunctionDef | ast.ClassDef
+        found = [n for n in getattr(node, "body", []) if isinstance(n, kinds) and n.name == part]
+        node = found[-1] if found else None
+    return node if is_function(node) else None
+
+
+def take(node: ast.FunctionDef, written: ast.FunctionDef | None, fixed: set[str]) -> str:
+    """Give an assigned function the body that was written; or say why not."""
+    if written is None:
+        return "this function is not in the file"
+    if arguments(written) != arguments(node):
+        return f"its arguments are no longer {', '.join(arguments(node))}"
+    if is_unwritten(written):
+        return ""
+    reason = refusal(ast.Module(written.body, []), fixed)
+    if not reason:
+        node.body = written.body
+        node.lineno, node.end_lineno = written.lineno, written.end_lineno
+    return reason
+
+
+def arguments(node: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in ast.walk(node.args) if isinstance(argument, ast.arg)]
+
+
+def raising(reason: str) -> list[ast.stmt]:
+    """A body that says why there is no other."""
+    return ast.parse(f"raise NotImplementedError({'not taken: ' + reason!r})").body
+
+
+def news(
+    student: ast.Module, names: set[str], fixed: set[str], notes: list[str]
+) -> list[ast.stmt]:
+    """Functions, imports and named values at the top level that the core has not."""
+    taken = []
+    for node in student.body:
+        new = bound(ast.Module([node], [])) - names
+        if not new:
+            continue
+        reason = refusal(node, fixed)
+        if not isinstance(node, ast.FunctionDef | ast.Import | ast.ImportFrom):
+            reason = reason or value_fault(node)
+        if new & set(dir(builtins)):
+            reason = f"line {node.lineno} takes a builtin's name"
+        if reason:
+            notes.append(f"{', '.join(sorted(new))}: {reason}")
+        if reason and is_function(node):
+            taken += ast.parse(f"def {node.name}(*_, **__): 0").body
+            taken[-1].body = raising(reason)
+        elif not reason:
+            taken.append(node)
+    return taken
+
+
+def value_fault(node: ast.stmt) -> str:
+    try:
+        ast.literal_eval(node.value)
+    except (ValueError, TypeError, AttributeError, SyntaxError, MemoryError, RecursionError):
+        return f"line {node.lineno} is no value written out, such as EPS = 1e-6"
+    return ""
+
+
+def bound(tree: ast.Module) -> set[str]:
+    """Names that a module binds at its top level."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name.split(".")[0] for alias in node.names}
+        else:
+            inside = ast.walk(node)
+            found = [n for n in inside if isinstance(n, ast.Name)]
+            names |= {n.id for n in found if isinstance(n.ctx, ast.Store)}
+    return names
+
+
+def methods(tree: ast.Module) -> set[str]:
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    inside = [part for node in classes for part in node.body]
+    return {part.name for part in inside if is_function(part)}
+
+
+# ---------------------------------------------------------------------------- loading it
+
+def assemble_all(skeletons: dict[str, str], repo: Path) -> dict[str, Taken]:
+    fixed = set(NOT_TO_BE_SET)
+    for source in skeletons.values():
+        tree = ast.parse(source)
+        fixed |= bound(tree) | methods(tree)
+    return {name: assemble(skeletons[name], repo / f"{name}.py", fixed) for name in CORE}
+
+
+def install(taken: dict[str, Taken], repo: Path, watched):
+    """Make these the modules of the core. watched: a decorator of the assigned functions."""
+    for name, (tree, _) in taken.items():
+        module = ModuleType(name)
+        module.__file__ = str(repo / f"{name}.py")
+        module.__watched__ = watched
+        sys.modules[name] = module
+        exec(compile(tree, module.__file__, "exec"), module.__dict__)
