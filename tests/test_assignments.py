@@ -139,6 +139,10 @@ def assert_found(name: str, title: str):
     ("model.Llama.candidate_layer", "slot p seen"),
     ("speculative.accept_greedy", "never all of the draft"),
     ("speculative.decode", "not rolled back"),
+    ("speculative.decode", "settings not checked"),
+    ("speculative.decode", "seconds never kept"),
+    ("model.Llama.forward", "a batch's first text only"),
+    ("model.Llama.forward", "tokens changed"),
 ])
 def test_a_mistake_of_each_problem_loses_points_there_and_nowhere_else(name, title):
     assert_found(name, title)

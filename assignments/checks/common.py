@@ -134,6 +134,8 @@ def show(value) -> str:
         return "{" + ", ".join(show(v) for v in sorted(value)) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(show(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {show(v)}" for name, v in value.items())
     if isinstance(value, tuple):
         return "(" + ", ".join(show(v) for v in value) + ")"
     return repr(value)

@@ -37,6 +37,14 @@ def states():
                   "h_0 is the embedding, h_i the state after layer i, and a skipped layer's state "
                   "is the one before it",
                   f"{example}, each layer i adding 2^i, h_{i}", ("row",))
+    texts = torch.tensor([[1, 2], [3, 4]])
+    with marked_rope():
+        got = marked_model([])(texts)
+    for i, state in enumerate(got):
+        close(state[..., 0], texts * 100.0 + 2 ** i - 1,
+              "Every text of a batch goes through the layers",
+              f"4 layers, tokens {texts.tolist()}, each layer i adding 2^i, h_{i}",
+              ("batch", "row"))
 
 
 @check(1, "Without a cache")

@@ -21,6 +21,7 @@ from checks.doubles import (
     VOCABULARY,
     best,
     cache_of,
+    marked_rope,
     state,
     states_of,
     token_model,
@@ -216,6 +217,8 @@ def room():
 # ---------------------------------------------------------------------------- the loop
 
 K = 3                         # tokens that the scripted drafter proposes, if there is room
+SCRATCH = 30                  # slots that it wants
+TAKES = {"begin": 7.0, "propose": 10.0, "observe": 3.0}        # seconds, by the checks' clock
 
 
 @dataclass
@@ -230,7 +233,18 @@ class Played:
     accepted: list = field(default_factory=list)       # what the script said
     expected: list = field(default_factory=list)       # the text that follows from the script
     observed: list = field(default_factory=list)       # what observe was given, and when
-    verified: list = field(default_factory=list)       # passes of the model but the prefill
+    passes: list = field(default_factory=list)         # of the model
+    prefills: int = 0                                  # so many of these are the prefill's
+    seconds: float = 0.0                               # by the clock that the doubles move on
+    text: object = None                                # as the drafter sees it
+
+    @property
+    def verified(self) -> list:
+        return self.passes[self.prefills:]
+
+    def clock(self, model):
+        """In the clock's place: a pass takes 100 seconds."""
+        return lambda: self.seconds + 100 * len(model.passes)
 
 
 def scripted_drafter(played: Played, chance: random.Random):
@@ -238,11 +252,16 @@ def scripted_drafter(played: Played, chance: random.Random):
     import speculative
 
     class Scripted(speculative.Drafter):
+        scratch = SCRATCH
+
         def begin(self, text, hidden):
+            played.text = text
+            played.seconds += TAKES["begin"]
             played.begun.append(SimpleNamespace(
                 length=text.cache.length, hidden=hidden, cycles=len(played.drafts)))
 
         def propose(self, text, most):
+            played.seconds += TAKES["propose"]
             tokens = [chance.randrange(VOCABULARY) for _ in range(min(most, K))]
             start = text.cache.length
             for slots in text.cache.keys + text.cache.values:  # what a draft leaves is scratch
@@ -253,12 +272,13 @@ def scripted_drafter(played: Played, chance: random.Random):
             return played.drafts[-1]
 
         def observe(self, text, outcome):
+            played.seconds += TAKES["observe"]
             if not isinstance(outcome, speculative.Outcome):
                 raise PropertyError(
                     "The drafter is told an Outcome", f"observe got {show(outcome)}")
             played.observed.append(SimpleNamespace(
                 outcome=outcome,
-                seconds=set(outcome.seconds),
+                seconds=dict(outcome.seconds),
                 length=text.cache.length,
                 written=len(played.tokens),
                 cycles=text.stats.cycles))
@@ -280,11 +300,12 @@ def scripted(played: Played, count: int, script: list[int], chance: random.Rando
         return accepted, token
 
     def accept_greedy(drafted, logits):
-        played.judged.append(SimpleNamespace(drafted=list(drafted), q=None, p=logits))
+        played.judged.append(SimpleNamespace(drafted=list(drafted), q=None, p=logits, seed=None))
         return judge(drafted)
 
     def accept_sampled(drafted, q, p, rng):
-        played.judged.append(SimpleNamespace(drafted=list(drafted), q=list(q), p=p))
+        played.judged.append(SimpleNamespace(
+            drafted=list(drafted), q=list(q), p=p, seed=rng.initial_seed()))
         return judge(drafted)
 
     def checked_draft(drafter, text):
@@ -297,33 +318,45 @@ def scripted(played: Played, count: int, script: list[int], chance: random.Rando
     with contextlib.ExitStack() as stack:
         for double in (accept_greedy, accept_sampled, checked_draft):
             stack.enter_context(mock.patch.object(speculative, double.__name__, double))
+        stack.enter_context(mock.patch.object(speculative, "clock", played.clock))
+        stack.enter_context(marked_rope())             # if a cache is made
         yield
 
 
 def play(
-    prompt: list[int], count: int, script: list[int], *, broken: int | None = None, **settings
+    prompt: list[int],
+    count: int,
+    script: list[int],
+    *,
+    broken: int | None = None,
+    known: int | None = 0,
+    **settings,
 ) -> Played:
     """The student's decode with a scripted drafter.
 
     script: how many tokens of each draft are accepted; 0 from its end on. broken: a row of each
-    verify pass whose logits are NaN.
+    verify pass whose logits are NaN. known: tokens of the prompt that the cache given holds; None:
+    no cache is given.
     """
     import speculative
     chance = random.Random(1)
     played = Played(stats=speculative.Stats())
     llama = token_model()
     llama.broken = broken
-    cache = cache_of(llama)
+    played.passes = llama.passes
     drafter = scripted_drafter(played, chance)
+    if known is not None:
+        settings["cache"] = cache_of(llama, prompt[:known])
+    played.prefills = int(len(prompt) - (known or 0) > 1)
     with scripted(played, count, script, chance):
         tokens = speculative.decode(
-            llama, list(prompt), count, drafter, stats=played.stats, cache=cache, **settings)
+            llama, list(prompt), count, drafter, stats=played.stats, **settings)
         for token in tokens:
             played.tokens.append(int(token))
+            cache = settings.get("cache") or played.text.cache
             played.lengths.append(cache.length)
             if len(played.tokens) > count + 5:
                 break
-    played.verified = llama.passes[1:] if len(prompt) > 1 else llama.passes
     equal(len(played.drafts), len(played.judged),
           "Every cycle asks the drafter for a draft and has it judged, by accept_greedy or, with a "
           "temperature above 0, by accept_sampled",
@@ -388,7 +421,7 @@ def overflows():
               "ones", f"accepted by cycle {script}, NaN in row {broken} of a verify pass: refused")
 
 
-@check(3, "The loop: verify and roll back")
+@check(2, "The loop: verify and roll back")
 def rolls_back():
     for prompt in PROMPTS:
         for script in SCRIPTS:
@@ -472,10 +505,16 @@ def observes(one, cycle: int, played: Played, prompt: list[int], example: str):
           "When observe is called, stats.cycles counts the cycle", f"{example}: stats.cycles")
     are_states_of(outcome.hidden, cached, outcome.accepted + 1,
                   f"{example}: hidden of the Outcome")
-    missing = {"draft", "verify", "optimize"} - one.seconds
-    equal(missing, set(),
-          "An Outcome has the seconds of draft, verify and optimize: text.laps",
-          f"{example}: missing")
+    expected = {
+        "draft": TAKES["propose"],
+        "verify": 100.0,
+        "optimize": TAKES["observe"] if cycle else TAKES["begin"],
+    }
+    got = {name: one.seconds.get(name) for name in expected}
+    equal(got, expected,
+          "An Outcome has the seconds of the cycle's draft and verify, and of what the drafter was "
+          "told before: text.laps, which text.timed keeps",
+          f"{example}, a clock by which a draft takes 10 s, a pass 100, begin 7 and observe 3")
 
 
 def are_states_of(hidden, tokens: list[int], count: int, example: str):
@@ -529,6 +568,48 @@ def sampling():
                   f"width {width}, {len(judged.drafted)} tokens drafted, cycle {cycle}: rows")
 
 
+IMPOSSIBLE = [                # prompt, new tokens, settings
+    ([], 3, {}),
+    ([1], 0, {}),
+    ([1, VOCABULARY], 3, {}),
+    ([1] * 60, 5, {}),
+    ([1], 3, {"temperature": -1.0}),
+    ([1], 3, {"temperature": 1.0, "top_p": 0.0}),
+    ([1], 3, {"temperature": 1.0, "seed": -1}),
+    ([1], 3, {"width": 40}),
+]
+
+
+@check(1, "The loop: its settings")
+def settings():
+    for prompt, count, given in IMPOSSIBLE:
+        example = f"prompt of {len(prompt)} tokens, {count} new ones, {given}, a context of 64"
+        try:
+            play(prompt, count, [1], **given)
+        except ValueError:
+            continue
+        raise PropertyError(
+            "Settings that cannot be are a SettingsError, when the first token is asked for: "
+            "new_text sees to that", f"{example}: nothing was raised")
+    for seed in (0, 5):
+        equal(play([1, 2], 3, [1], temperature=1.0, seed=seed).judged[0].seed, seed,
+              "All chance comes from the seed: accept_sampled gets text.rng",
+              f"seed {seed}: initial_seed of its rng")
+    for known in (0, 1, 2):
+        first = play([1, 2, 3, 4], 2, [1], known=known).passes[0]
+        equal((first.start, first.rows), (known, [1, 2, 3][known:]),
+              "What a given cache holds is not computed again",
+              f"prompt [1, 2, 3, 4], of which the cache holds {known}: start and tokens of the "
+              "first pass")
+    played = play([1, 2, 3], 4, [1], known=None)
+    equal(played.tokens, played.expected[:4],
+          "Without a cache, one is made", f"{told([1, 2, 3], 4, [1])}, no cache given: tokens")
+    if played.text.cache.rows < SCRATCH:
+        equal(played.text.cache.rows, SCRATCH,
+              "A cache that is made has the scratch slots that the drafter wants: new_text is "
+              "given drafter.scratch", f"scratch {SCRATCH}: cache.rows")
+
+
 @check(1, "The loop: statistics")
 def statistics():
     script = [1, 0, 2, 3]
@@ -546,6 +627,12 @@ def statistics():
          sum(played.accepted)),
         ("sources", "names the source of the draft that each new token came from, \"\" if none",
          flags[:10]),
+        ("draft_seconds", "has the seconds of drafting, by a clock by which each takes 10",
+         10.0 * len(played.drafts)),
+        ("verify_seconds", "has the seconds of the passes, of which each takes 100",
+         100.0 * len(played.verified)),
+        ("optimize_seconds", "has the seconds of begin, here 7, and of observe, 3 each",
+         7.0 + 3 * len(played.observed)),
     ):
         equal(getattr(played.stats, name), expected,
               f"stats.{name} {meaning}", f"{example}: {name}")

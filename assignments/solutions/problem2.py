@@ -64,6 +64,15 @@ forward.mistake(
     ("        states.append(x)",
      "        elif cache:\n            layer(x, cos, sin, mask, store)\n        states.append(x)"))
 forward.mistake(
+    "a batch's first text only",
+    ("x = self.embed(tokens)", "x = self.embed(tokens[:1])"))
+forward.mistake(
+    "the final norm in forward",
+    ("    return states", "    states[-1] = self.norm(states[-1])\n    return states"))
+forward.mistake(
+    "tokens changed",
+    ("    return states", "    tokens += 1\n    return states"))
+forward.mistake(
     "one skip too many",
     ("i in skip", "i in skip or i - 1 in skip"))
 

@@ -1,5 +1,7 @@
 """Problem 6 once more."""
+import contextlib
 import functools
+from unittest import mock
 
 import torch
 
@@ -71,6 +73,16 @@ draft_by_skipping.mistake(
     "drafted tokens written into the text",
     ("marks.append(q)", "marks.append(q)\n        text.tokens.append(int(drawn))"))
 draft_by_skipping.mistake(
+    "temperature ignored",
+    ("text.choose(logits)", "(logits.argmax(), None)"))
+draft_by_skipping.mistake(
+    "top-p ignored",
+    ("text.choose(logits)", "speculative.pick(logits, text.temperature, 1.0, text.rng)"))
+draft_by_skipping.mistake(
+    "random numbers of its own",
+    ("text.choose(logits)",
+     "speculative.pick(logits, text.temperature, text.top_p, torch.Generator())"))
+draft_by_skipping.mistake(
     "no distributions",
     ("Draft(drafted, marks)", "Draft(drafted, [None] * len(drafted))"))
 
@@ -116,6 +128,7 @@ checked_draft.mistake(
 
 @solves("speculative.decode")
 def decode(model, prompt, max_new_tokens, drafter, **settings):
+    settings["scratch"] = drafter.scratch
     text, hidden = speculative.new_text(model, prompt, max_new_tokens, **settings)
     stats = text.stats
     with text.timed("optimize"):
@@ -150,6 +163,56 @@ def decode(model, prompt, max_new_tokens, drafter, **settings):
                 break
 
 
+def unchecked(*args, **settings):
+    """new_text without its refusals."""
+    with (mock.patch.object(speculative, "require_possible"),
+          mock.patch.object(speculative, "require_room")):
+        return speculative.new_text(*args, **settings)
+
+
+@contextlib.contextmanager
+def untimed(text, name):
+    text.laps[name] = 0.0
+    yield
+
+
+decode.mistake(
+    "settings not checked",
+    ("speculative.new_text(", "unchecked("))
+decode.mistake(
+    "seed ignored",
+    ("drafter.scratch", "drafter.scratch\n    settings.pop('seed', 0)"))
+decode.mistake(
+    "top-p ignored",
+    ("drafter.scratch", "drafter.scratch\n    settings.pop('top_p', 1)"))
+decode.mistake(
+    "temperature 1 whatever it is",
+    ("drafter.scratch",
+     "drafter.scratch\n    settings['temperature'] = float(settings.get('temperature', 0) > 0)"))
+decode.mistake(
+    "a given cache's prefix prefilled again",
+    ("drafter.scratch",
+     "drafter.scratch\n    if settings.get('cache'):\n        settings['cache'].length = 0"))
+decode.mistake(
+    "given cache ignored",
+    ("drafter.scratch", "drafter.scratch\n    settings['cache'] = None"))
+decode.mistake(
+    "given statistics ignored",
+    ("drafter.scratch", "drafter.scratch\n    settings['stats'] = None"))
+decode.mistake(
+    "no scratch slots asked for",
+    ("drafter.scratch", "0"))
+decode.mistake(
+    "given drafter ignored",
+    ("    stats = text.stats\n", "    stats = text.stats\n    drafter = speculative.Drafter()\n"))
+decode.mistake(
+    "seconds never kept",
+    ("    stats = text.stats\n",
+     "    stats = text.stats\n    text.timed = functools.partial(untimed, text)\n"))
+decode.mistake(
+    "the drafter's seconds not kept",
+    ("            with text.timed(\"optimize\"):\n                drafter.observe(text, outcome)",
+     "            drafter.observe(text, outcome)"))
 decode.mistake(
     "rolled back by one too many",
     ("n + i + 1", "n + i"))
