@@ -337,6 +337,17 @@ def numbers(text: str) -> list[int]:
     return chosen
 
 
+def handed_in(repo: Path) -> Path:
+    """The folder itself, or the one in it that holds the core, if archives were packed so."""
+    inside = list(repo.glob("*/")) if repo.is_dir() else []
+    holding = [path for path in inside if holds_core(path)]
+    return holding[0] if len(holding) == 1 and not holds_core(repo) else repo
+
+
+def holds_core(folder: Path) -> bool:
+    return any((folder / f"{name}.py").exists() for name in CORE)
+
+
 def arguments() -> argparse.Namespace:
     here = HERE if (HERE / "model.py").exists() else HERE.parent
     parser = argparse.ArgumentParser(description="Grade a solution of the CLaSp assignment.")
@@ -350,10 +361,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--leaderboard", action="store_true",
                         help="also measure entry.py on the bundled model")
     args = parser.parse_args()
-    args.repo = args.repo.resolve()
+    args.repo = handed_in(args.repo.resolve())
     if args.seed is not None and not REFERENCE.exists():
         parser.error("--seed needs the reference, which is not handed out")
-    if not args.json and not any((args.repo / f"{name}.py").exists() for name in CORE):
+    if not args.json and not holds_core(args.repo):
         parser.error(f"{args.repo} holds none of {', '.join(f'{name}.py' for name in CORE)}")
     try:
         args.problems = args.problems or assigned(args.repo)

@@ -7,6 +7,7 @@ problem, or is found elsewhere.
 """
 import contextlib
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
@@ -28,10 +29,19 @@ MISTAKES = [(name, title) for name in SOLUTIONS for title in SOLUTIONS[name].mis
 @contextlib.contextmanager
 def planted(chosen: dict[str, str]):
     """Put solutions in the core functions' places: {function: title of a mistake, or ""}."""
+    functions = {}
+    for name, title in chosen.items():
+        solution = SOLUTIONS[name]
+        functions[name] = watched(solution.broken(title) if title else solution.function)
+    with exchanged(functions):
+        yield
+
+
+@contextlib.contextmanager
+def exchanged(functions: dict[str, Callable]):
+    """Put functions in the core's places."""
     with contextlib.ExitStack() as stack:
-        for name, title in chosen.items():
-            solution = SOLUTIONS[name]
-            function = watched(solution.broken(title) if title else solution.function)
+        for name, function in functions.items():
             stack.enter_context(mock.patch(name, function))
             if name == "model.attention":              # a layer has another name for it
                 attend = staticmethod(function)
@@ -43,12 +53,13 @@ def problem_of(name: str) -> int:
     return next(number for number, problem in PROBLEMS.items() if name in problem.functions)
 
 
-def run(chosen: dict[str, str]) -> list[Result]:
-    """Every check of every problem, in this process, on the core with these functions exchanged."""
+def run(chosen: dict[str, str], problems: Iterable[int] = PROBLEMS) -> list[Result]:
+    """Every check of these problems, in this process, on the core with these functions exchanged.
+    """
     draws = problem5.DRAWS if "speculative.accept_sampled" in chosen else FEW_DRAWS
     results = []
     with planted(chosen), mock.patch.object(problem5, "DRAWS", draws), torch.inference_mode():
-        for number in PROBLEMS:
+        for number in problems:
             for check in CHECKS[number]:
                 message = message_of(check)
                 passed = not message

@@ -174,7 +174,7 @@ def parsed(file: Path) -> tuple[ast.Module, str]:
     try:
         if file.is_symlink() or file.stat().st_size > LARGEST_FILE:
             return ast.Module([], []), f"{file.name} is a link, or too large"
-        return ast.parse(file.read_text()), ""
+        return ast.fix_missing_locations(ast.parse(file.read_text())), ""     # not too deep?
     except OSError:
         trouble = f"there is no {file.name}"
     except SyntaxError as error:

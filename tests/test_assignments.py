@@ -10,13 +10,16 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 
 HERE = ROOT / "assignments"
 sys.path.insert(0, str(HERE))
+import autograder
 import checks
 import export
 import golden
@@ -27,6 +30,7 @@ import taken
 from checks import CHECKS
 from grade import PROBLEMS, assigned
 
+import model
 import speculative
 
 CORE = ("model.py", "dp_skip.py", "speculative.py")
@@ -120,6 +124,57 @@ def test_an_untouched_export_gets_nothing_and_says_why(exported):
         number = test["number"][0]
         assert re.fullmatch(rf"not written yet: [\w.]+, problem {number}", test["output"])
         assert test["status"] == "failed"
+
+
+def unwritten(*_, **__):
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("number", ALL)
+def test_a_problem_gets_its_points_while_no_other_is_written(number):
+    others = [name for other in PROBLEMS if other != number for name in PROBLEMS[other].functions]
+    with mistakes.exchanged(dict.fromkeys(others, unwritten)):
+        results = mistakes.run({}, [number])
+    assert [result.message for result in results if not result.passed] == []
+
+
+def test_the_final_norm_in_forward_costs_one_check_while_no_norm_is_written():
+    with mistakes.exchanged({"model.RMSNorm.forward": unwritten}):
+        results = mistakes.run({"model.Llama.forward": "the final norm in forward"}, [2])
+    assert [result.number for result in results if not result.passed] == ["2.1"]
+
+
+@pytest.mark.parametrize("name, title, number", [
+    ("dp_skip.select_layers_plain", "states in float32", "3.6"),
+    ("dp_skip.select_layers", "states in float32", "4.4"),
+    ("model.Llama.forward", "cos and sin of different positions", "2.4"),
+    ("model.Llama.candidate_layer", "cos and sin of different positions", "4.8"),
+])
+def test_one_slip_costs_one_check(name, title, number):
+    failed = [result for result in mistakes.run({name: title}) if not result.passed]
+    assert [result.number for result in failed] == [number]
+
+
+def test_doubles_have_what_the_docstrings_of_the_core_promise():
+    cache = checks.doubles.marked_cache(3)
+    assert isinstance(cache, model.KVCache)
+    assert cache.slots.shape[:3] == (2, 4, 1) and len(cache.keys) == len(cache.values) == 4
+    assert cache.tokens >= 40 and cache.rows >= 4
+    assert vars(checks.problem1.empty_cache()).keys() >= {"slots", "keys", "values", "tokens"}
+    x = torch.zeros(1, 2, 8)
+    calls = []
+    layer = checks.doubles.marked_model(calls).layers[1]
+    angles = checks.doubles.marked_angles(2)
+    blocks = layer.mlp_block(layer.attention_block(x, *angles))
+    assert blocks.equal(layer(x, *angles))
+    assert calls[0].positions == calls[1].positions == calls[0].from_sin == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("title", ["candidates as a batch", "candidates without a batch"])
+def test_candidates_of_a_wrong_shape_are_told_so(title):
+    for result in mistakes.run({"model.Llama.candidate_layer": title}, [4]):
+        assert result.passed or "shape" in result.message
+        assert "could not use" not in result.message
 
 
 # ---------------------------------------------------------------- mistakes
@@ -479,7 +534,8 @@ def assert_nothing_leaks(out, problems):
             names.append(path.relative_to(out).as_posix())
         if path.suffix in (".py", ".md", ".json", ".toml") and path.name != "tokenizer.json":
             assert not code_lines(path.read_text()) & removed, path
-    elsewhere = r"bench|tools/|mistakes|solutions|export|golden\.py|train|\.pyc|\.git/|assignments"
+    elsewhere = (r"bench|tools/|mistakes|solutions|export|golden\.py|train|\.pyc|\.git/|assignments"
+                 r"|autograder|gradescope")
     assert not [name for name in names if re.search(elsewhere, name)]
     for number in problems:
         for name in PROBLEMS[number].functions:
@@ -688,6 +744,77 @@ def test_prompts_after_which_the_model_all_but_ties_are_passed_over(monkeypatch)
     monkeypatch.setattr(golden, "least_margin", lambda *_: 0.0)
     with pytest.raises(SystemExit, match="add others"):
         golden.texts()
+
+
+# ---------------------------------------------------------------- handing in
+
+@pytest.fixture(scope="session")
+def autograder_source(tmp_path_factory):
+    """What Gradescope unpacks."""
+    out = tmp_path_factory.mktemp("autograder")
+    autograder.write(out / "autograder.zip", autograder.files([3, 5]))
+    with zipfile.ZipFile(out / "autograder.zip") as archive:
+        archive.extractall(out / "source")
+    return out / "source"
+
+
+@pytest.fixture
+def gradescope(autograder_source, tmp_path):
+    """gradescope(): what its machine writes of the files in ``submission``."""
+    (tmp_path / "source").symlink_to(autograder_source)
+    (tmp_path / "submission").mkdir()
+
+    def run(python=sys.executable):
+        environment = os.environ | {"AUTOGRADER": str(tmp_path), "PYTHON": python, "SEED": "3"}
+        subprocess.run(["bash", autograder_source / "run_autograder"], env=environment,
+                       check=True, capture_output=True)
+        return json.loads((tmp_path / "results" / "results.json").read_text())
+    return run
+
+
+def test_the_archive_has_no_more_than_it_needs_and_a_core_without_solutions(autograder_source):
+    names = {path.name for path in autograder_source.iterdir()}
+    assert names == {"assignments", "checkpoints", "model.py", "dp_skip.py", "speculative.py",
+                     "checkpoint.py", "requirements.txt", "problems", "setup.sh", "run_autograder"}
+    core = autograder_source / "assignments" / "checks" / "core"
+    for number in (3, 5):
+        for name in PROBLEMS[number].functions:
+            module, function = name.split(".", 1)
+            node = export.find(ast.parse((core / f"{module}.py").read_text()), function)
+            assert taken.is_unwritten(node)
+
+
+@pytest.mark.thorough
+def test_what_is_handed_in_is_graded_by_gradescope(gradescope, tmp_path):
+    folder = tmp_path / "submission" / "homework"              # packed with its folder
+    folder.mkdir()
+    shutil.copy(ROOT / "speculative.py", folder)
+    results = gradescope()
+    assert scores(results) == {3: 0, 5: FULL[5]}
+    assert "there is no dp_skip.py" in results["output"]
+    assert outputs(results)["3.1"] == "not taken: there is no dp_skip.py"
+
+
+def test_where_all_is_missing_gradescope_gets_0_and_the_reason(gradescope):
+    results = gradescope()
+    assert results["score"] == 0
+    for name in CORE:
+        assert f"there is no {name}" in results["output"]
+
+
+def test_where_the_grader_fails_gradescope_gets_0_and_the_reason(gradescope):
+    results = gradescope(python="/no/such/python")
+    assert results["score"] == 0
+    assert "The grader itself failed" in results["output"]
+
+
+@pytest.mark.parametrize("text", ["x = " + "(" * 500, "x = " + "1 + " * 5000 + "1", "\0", "\udcff"])
+def test_a_file_that_python_cannot_take_is_said_to_be_so(tmp_path, text):
+    path = tmp_path / "model.py"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    tree, trouble = taken.parsed(path)
+    assert tree.body == []
+    assert trouble.startswith("model.py does not load, ")
 
 
 # ---------------------------------------------------------------- the leaderboard

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from checks.common import PropertyError, config, show
+from checks.common import PropertyError, config, equal, show
 
 
 class Scale(nn.Module):
@@ -32,7 +32,8 @@ class Call(NamedTuple):
     """What a layer was given."""
     layer: int
     x: Tensor                 # (batch, rows, hidden)
-    positions: list[float]    # of each row, read off the marked angles
+    positions: list[float]    # of each row, read off the marked cos; or what is wrong with it
+    from_sin: list[float]     # the same, read off sin
     sees: list[list[float]]   # for each row, the marks of the slots it may look at
 
 
@@ -48,13 +49,31 @@ class MarkedLayer(nn.Module):
         self.calls = calls
 
     def forward(self, x, cos, sin, mask=None, store=None):
+        return self.mlp_block(self.attention_block(x, cos, sin, mask, store))
+
+    def attention_block(self, x, cos, sin, mask=None, store=None):
+        require_rows(x, store)
         rows = x.shape[1]
         marks = x[:1, :, :1][:, None]                          # (1, 1 head, rows, 1)
         if store is not None:
             marks, _ = store(marks, marks.clone())
         sees = marks_seen(marks[0, 0, :, 0].tolist(), mask, rows)
-        self.calls.append(Call(self.i, x.clone(), positions(cos, sin, rows), sees))
+        where = positions(cos, rows), positions(-sin, rows)
+        self.calls.append(Call(self.i, x.clone(), *where, sees))
         return x + 2.0 ** self.i
+
+    def mlp_block(self, x):
+        return x
+
+
+def require_rows(x, store):
+    shape = tuple(x.shape)
+    if len(shape) != 3:
+        raise PropertyError("A layer takes x as (batch, rows, hidden)", f"got shape {shape}")
+    if store is not None and shape[0] != 1:
+        raise PropertyError(
+            "With a cache, what goes through a layer is one sequence, x (1, rows, hidden): each "
+            "candidate of the DP is a row of it, not a text of a batch", f"got shape {shape}")
 
 
 def marks_seen(marks: list[float], mask: Tensor | None, rows: int) -> list[list[float]]:
@@ -76,20 +95,19 @@ def marks_seen(marks: list[float], mask: Tensor | None, rows: int) -> list[list[
     return [[mark for mark, is_open in zip(marks, row) if is_open] for row in open_slots]
 
 
-def positions(cos: Tensor, sin: Tensor, rows: int) -> list[float]:
-    """Of each row, as the marked angles tell."""
-    if cos.shape[-1] != 2 or cos.shape[-2] not in (1, rows) or sin.shape != cos.shape:
-        raise PropertyError(
-            "A layer's cos and sin are (rows, head_dim), or (1, head_dim) if all rows share a "
-            "position",
-            f"{rows} rows, head_dim 2: got {tuple(cos.shape)} and {tuple(sin.shape)}")
-    from_cos = cos[..., 0].flatten()
-    from_sin = -sin[..., 0].flatten()
-    if not torch.equal(from_sin, from_cos):
-        raise PropertyError(
-            "cos and sin are taken from the same positions",
-            f"positions {show(from_cos)} in cos, {show(from_sin)} in sin")
-    return from_cos.expand(rows).tolist() if len(from_cos) == 1 else from_cos.tolist()
+def positions(angles: Tensor, rows: int) -> list[float] | str:
+    """Of each row, as the marked angles tell; or what their shape is, if it is wrong."""
+    if angles.shape[-1] != 2 or angles.dim() < 2 or angles.shape[-2] not in (1, rows):
+        return f"cos or sin of shape {tuple(angles.shape)}, where (rows, head_dim) is wanted"
+    found = angles[..., 0].flatten()
+    return found.expand(rows).tolist() if len(found) == 1 else found.tolist()
+
+
+def stands_at(call: Call, expected: list[float], sentence: str, example: str):
+    """Were its rows turned by the angles of these positions?"""
+    equal(call.positions, expected, sentence, f"{example}: positions, by cos")
+    equal(call.from_sin, expected,
+          "cos and sin are taken from the same positions", f"{example}: positions, by sin")
 
 
 def marked_angles(length: int) -> tuple[Tensor, Tensor]:
@@ -107,26 +125,33 @@ def marked_rope():
     return mock.patch("model.rope_table", marked_table)
 
 
-class MarkedCache:
-    """In KVCache's place: which mark lies in which slot of which layer.
+def marked_cache(length: int):
+    """A KVCache of 4 layers that holds marks: of a valid slot its number, of one never written -1.
 
-    Valid slots hold their own number, and those never written -1.
+    ``ends``: of each call of put, which is not the student's.
     """
+    import model
 
-    def __init__(self, length: int, capacity: int = 40, layers: int = 4):
-        self.length = length
-        self.cos, self.sin = marked_angles(capacity)
-        valid = {slot: float(slot) for slot in range(length)}
-        self.slots = [dict(valid) for _ in range(layers)]
-        self.ends = []                                         # of each call of ``put``
+    class MarkedCache(model.KVCache):
+        def put(self, layer, slot, end, k, v):
+            self.ends.append(end)
+            for r, mark in enumerate(k[0, 0, :, 0].tolist()):
+                self.slots[:, layer, ..., slot + r, :] = mark
+            marks = self.slots[0, layer, :, :1, :end, :1]
+            return marks, marks
 
-    def put(self, layer, slot, end, k, v):
-        self.ends.append(end)
-        for r, mark in enumerate(k[0, 0, :, 0].tolist()):
-            self.slots[layer][slot + r] = mark
-        marks = [self.slots[layer].get(s, -1.0) for s in range(end)]
-        marks = torch.tensor(marks)[None, None, :, None]
-        return marks, marks
+        def marks(self, layer: int) -> dict[int, float]:
+            """By slot, of those that were written."""
+            marks = self.keys[layer][0, 0, :, 0].tolist()
+            return {slot: mark for slot, mark in enumerate(marks) if mark != -1}
+
+    with marked_rope():
+        cache = MarkedCache(model.Llama(config()), 40)
+    cache.slots.fill_(-1.0)
+    cache.slots[..., :length, :] = torch.arange(float(length))[:, None]
+    cache.length = length
+    cache.ends = []
+    return cache
 
 
 def marked_model(calls: list[Call], **changes):

@@ -125,9 +125,10 @@ def empty_cache(dtype=torch.float32):
     """Two layers of 6 slots; without RoPE's table, which is another function's."""
     from model import KVCache
     cache = KVCache.__new__(KVCache)
-    shape = (1, 1, SLOTS, 1)
-    cache.keys = [torch.full(shape, KEY_FILL, dtype=dtype) for _ in range(2)]
-    cache.values = [torch.full(shape, VALUE_FILL, dtype=dtype) for _ in range(2)]
+    fill = torch.tensor([KEY_FILL, VALUE_FILL], dtype=dtype).reshape(2, 1, 1, 1, 1, 1)
+    cache.slots = fill.repeat(1, 2, 1, 1, SLOTS, 1)
+    cache.keys, cache.values = cache.slots[0].unbind(), cache.slots[1].unbind()
+    cache.tokens, cache.rows = SLOTS, 0
     cache.length = 5                                           # put is told the slot; not it
     return cache
 

@@ -2,7 +2,7 @@
 import torch
 
 from checks.common import check, close, equal
-from checks.doubles import MarkedCache, Scale, marked_model, marked_rope
+from checks.doubles import Scale, marked_cache, marked_model, marked_rope, stands_at
 
 
 def forward(tokens, skip=(), cache=None, slots=None):
@@ -53,8 +53,8 @@ def no_cache():
         tokens = [1, 2, 3][:rows]
         _, calls = forward(tokens)
         example = f"tokens {tokens}, no cache, layer 0"
-        equal(calls[0].positions, [float(r) for r in range(rows)],
-              "Without a cache row r stands at position r", f"{example}, positions")
+        stands_at(calls[0], [float(r) for r in range(rows)],
+                  "Without a cache row r stands at position r", example)
         equal(calls[0].sees, [new_marks(r) for r in range(rows)],
               "Without a cache row r sees rows 0 to r", f"{example}, rows seen, by their marks")
 
@@ -88,7 +88,7 @@ def mask():
 @check(2, "Continuing a cache")
 def with_cache():
     for start, rows in ((0, 1), (0, 2), (3, 1), (3, 2)):
-        cache = MarkedCache(start)
+        cache = marked_cache(start)
         tokens = [1, 2][:rows]
         _, calls = forward(tokens, {2}, cache)
         example = f"cache.length {start}, tokens {tokens}"
@@ -97,21 +97,21 @@ def with_cache():
               f"{example}, cache.length")
         for call in calls:
             continues(call, cache, start, rows, f"{example}, layer {call.layer}")
-        equal(sorted(cache.slots[2]), list(range(start)),
+        equal(sorted(cache.marks(2)), list(range(start)),
               "A skipped layer writes nothing into the cache",
               f"{example}, layer 2 skipped: its slots")
 
 
-def continues(call, cache: MarkedCache, start: int, rows: int, example: str):
+def continues(call, cache, start: int, rows: int, example: str):
     """Was a layer given the right positions, slots and mask?"""
-    equal(call.positions, [float(start + r) for r in range(rows)],
-          "Row r stands at position cache.length + r", f"{example}, positions")
+    stands_at(call, [float(start + r) for r in range(rows)],
+              "Row r stands at position cache.length + r", example)
     added = call.x[0, 0, 0].item() - 100
     for r in range(rows):
         equal(sorted(call.sees[r]), sorted(old_marks(start) + new_marks(r, added)),
               "Row r sees all valid slots, and the new rows up to itself",
               f"{example}, row {r}, marks of the slots seen (old slots are marked by their number)")
-    slots = cache.slots[call.layer].items()
+    slots = cache.marks(call.layer).items()
     written = sorted(slot for slot, mark in slots if mark >= 100 or slot >= start)
     equal(written, list(range(start, start + rows)),
           "The rows take the slots from cache.length on", f"{example}, slots written")
@@ -120,7 +120,7 @@ def continues(call, cache: MarkedCache, start: int, rows: int, example: str):
 @check(1, "More slots than are filled")
 def wider():
     for start, rows in ((0, 1), (2, 1), (2, 2)):
-        cache = MarkedCache(start)
+        cache = marked_cache(start)
         tokens = [1, 2][:rows]
         _, calls = forward(tokens, (), cache, slots=8)
         example = f"slots = 8, cache.length {start}, tokens {tokens}, layer 0"

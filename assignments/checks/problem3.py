@@ -30,7 +30,7 @@ def toy(layers: int, seed: int):
     states = [noise(1, 4, seed=100 + seed)]
 
     def layer(i: int, rows: Tensor) -> Tensor:
-        return rows + (rows @ weights[i]).tanh()
+        return rows + (rows.double() @ weights[i]).tanh().to(rows.dtype)
 
     for i in range(layers):
         other = 0.2 * noise(1, 4, seed=200 + 10 * seed + i)
@@ -213,10 +213,19 @@ class Counted:
     def __init__(self, layer):
         self.layer = layer
         self.calls = []
+        self.dtypes = set()
 
     def __call__(self, i: int, rows: Tensor) -> Tensor:
         self.calls.append((i, tuple(rows.shape)))
+        self.dtypes.add(rows.dtype)
         return self.layer(i, rows)
+
+    def in_their_dtype(self, states: Tensor):
+        """Some models' layers can take no other."""
+        others = sorted(str(dtype) for dtype in self.dtypes - {states.dtype})
+        equal(others, [],
+              "Layers run on candidates in the states' own dtype; only distances are in float32",
+              f"states in {states.dtype}: other dtypes")
 
 
 # ---------------------------------------------------------------------------- the checks
@@ -308,6 +317,7 @@ def calls():
         expected = []
         for i in range(layers):
             expected += [(i, (1, 4))] * min(i, budget)
+        counted.in_their_dtype(states)
         equal(sorted(counted.calls), expected,
               "A layer is called once for each cell 0 < j < i, on one row: for j = 0 the true "
               "state is known, and for j = i nothing ran",

@@ -2,7 +2,7 @@
 import torch
 
 from checks.common import PropertyError, check, close, equal
-from checks.doubles import MarkedCache, marked_model
+from checks.doubles import marked_cache, marked_model, stands_at
 from checks.problem3 import (
     Counted,
     doubles,
@@ -48,6 +48,7 @@ def calls():
               "Each layer is called once, on all candidates j >= 1 packed as rows, M at most "
               "(j = 0 is the true state and needs no call; before layer 0 there is no other)",
               f"L = {layers}, M = {budget}, calls (layer, shape of the rows)")
+        counted.in_their_dtype(states)
 
 
 @check(1, "One budget only")
@@ -93,17 +94,18 @@ def candidates(length: int, rows: int, given: int, layers=(1,)):
     ``length`` tokens are cached. Returns the layers' calls and the cache.
     """
     calls = []
-    cache = MarkedCache(length)
+    cache = marked_cache(length)
     layer = marked_model(calls).candidate_layer(cache, rows)
     x = torch.zeros(given, 8)
     x[:, 0] = 100.0 + torch.arange(given)
     for i in layers:
         got = layer(i, x)
-        close(got[:, 0], x[:, 0] + 2.0 ** i,
+        close(got, x + 2.0 ** i,
               "layer(i, candidates) is decoder layer i on them: (m, dim) -> (m, dim)",
-              f"{case(length, given)}, layer {i} adding 2^{i}", ("candidate",))
-        equal(tuple(got.shape), (given, 8),
-              "layer(i, candidates) returns (m, dim)", f"{given} candidates, layer {i}: shape")
+              f"{case(length, given)}, layer {i} adding 2^{i}", ("candidate", "dimension"))
+    equal([call.layer for call in calls], list(layers),
+          "layer(i, candidates) runs decoder layer i, once for all candidates",
+          f"{case(length, given)}, layers asked for {list(layers)}: layers run")
     return calls, cache
 
 
@@ -140,10 +142,10 @@ def valid_part():
               "candidate_layer leaves cache.length as it was", f"{example}: cache.length after")
         for i in (1, 2):
             for slot in range(length):
-                equal(cache.slots[i][slot], float(slot),
+                equal(cache.marks(i)[slot], float(slot),
                       "The DP must not overwrite the true keys and values: candidates write behind "
                       "the valid slots", f"{example}: mark in slot {slot} of layer {i}")
-            behind = sorted(cache.slots[i])[length:]
+            behind = sorted(cache.marks(i))[length:]
             equal(behind, list(range(length, length + given)),
                   "Candidates use the slots from cache.length on, one each",
                   f"{example}: slots written behind the valid ones, in layer {i}")
@@ -153,7 +155,6 @@ def valid_part():
 def position():
     for length, rows, given in CASES:
         calls, _ = candidates(length, rows, given)
-        equal(calls[0].positions, [float(length - 1)] * given,
-              "All candidates stand at the position of the last cached token, "
-              "p = cache.length - 1, wherever their slots are",
-              f"{case(length, given)}: positions")
+        stands_at(calls[0], [float(length - 1)] * given,
+                  "All candidates stand at the position of the last cached token, "
+                  "p = cache.length - 1, wherever their slots are", case(length, given))

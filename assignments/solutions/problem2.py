@@ -44,6 +44,9 @@ forward.mistake(
     ("cache.cos[start:start + rows]", "cache.cos[:rows]"),
     ("cache.sin[start:start + rows]", "cache.sin[:rows]"))
 forward.mistake(
+    "cos and sin of different positions",
+    ("cache.sin[start:start + rows]", "cache.sin[:rows]"))
+forward.mistake(
     "cache.length moved on in every layer",
     ("    left_out =", "    if cache:\n            cache.length += rows\n        left_out ="),
     ("cache.length = start + rows", "pass"))

@@ -101,6 +101,9 @@ def select_layers_plain(layer, states, budget):
 
 
 select_layers_plain.mistake(
+    "states in float32",
+    ("    column = {0", "    states = states.float()\n    column = {0"))
+select_layers_plain.mistake(
     "min in place of max",
     ("not a <= b", "b > a"))
 select_layers_plain.mistake(

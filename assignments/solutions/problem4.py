@@ -33,6 +33,9 @@ def select_layers(layer, states, budget, smallest=0):
 
 
 select_layers.mistake(
+    "states in float32",
+    ("    choice = {}\n", "    choice = {}\n    states = states.float()\n"))
+select_layers.mistake(
     "min in place of max",
     ("not a <= b", "b > a"))
 select_layers.mistake(
@@ -85,6 +88,16 @@ def candidate_layer(self, cache, rows):
     return layer
 
 
+candidate_layer.mistake(
+    "candidates as a batch",
+    ("candidates[None], cos, sin, mask, store)[0]",
+     "candidates[:, None], cos[:1], sin[:1], mask[:1, :first + 1], store)[:, 0]"))
+candidate_layer.mistake(
+    "candidates without a batch",
+    ("candidates[None], cos, sin, mask, store)[0]", "candidates, cos, sin, mask, store)"))
+candidate_layer.mistake(
+    "cos and sin of different positions",
+    ("cache.sin[p]", "cache.sin[p + 1]"))
 candidate_layer.mistake(
     "candidates see each other",
     ("mask[r, first + r] = 0", "mask[r, first:first + r + 1] = 0"))
