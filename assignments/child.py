@@ -31,6 +31,7 @@ SECONDS = 10                  # of computing, for a check: the reference takes 1
 WAITING = 60                  # of anything else, as sleep
 MEMORY = 3 << 30              # bytes beyond what Python and torch have mapped before any solution
 FILE_SIZE = 1 << 20           # bytes that may be written into one file
+LONGEST = 4000                # characters of a message
 SHOWN = 80                    # characters of an argument in a message
 
 
@@ -180,7 +181,7 @@ def main():
     for number in job["checks"]:
         say(number=number)
         set_alarm(faults)
-        message = trouble or message_of(known[number], job["repo"])
+        message = (trouble or message_of(known[number], job["repo"]))[:LONGEST]
         say(number=number, passed=not message, message=message)
 
 

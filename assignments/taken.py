@@ -14,8 +14,13 @@ that nobody finds a way around it; see README.md.
 """
 import ast
 import builtins
+import collections
+import functools
+import itertools
+import math
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -39,18 +44,27 @@ BUILTINS = set("""
     OverflowError RuntimeError StopIteration TypeError ValueError ZeroDivisionError
 """.split())
 HARMLESS = {                                           # attributes, although modules are named so
-    "chunk", "collections", "copy", "functional", "functools", "itertools", "linalg", "math", "nn",
-    "queue", "random", "select", "special", "time", "token", "torch", "trace",
+    "attention", "chunk", "collections", "copy", "functional", "functools", "itertools", "linalg",
+    "math", "nn", "queue", "random", "select", "special", "time", "token", "torch", "trace",
 }
-TORCH_MODULES = {name for name in dir(torch) if isinstance(getattr(torch, name), ModuleType)}
-REFUSED = (set(sys.stdlib_module_names) | TORCH_MODULES) - HARMLESS | set("""
+INSIDE = {                                             # modules, as attributes of torch's
+    name
+    for module in (torch, torch.nn, torch.nn.functional)
+    for name in dir(module)
+    if isinstance(getattr(module, name), ModuleType)
+}
+REFUSED = (set(sys.stdlib_module_names) | INSIDE) - HARMLESS | set("""
     ABC ABCMeta Enum EnumMeta EnumType UserDict UserList UserString apply_ cached_property compile
     data_ptr format format_map from_buffer from_file frombuffer import_ir_module load map2_ map_ mro
-    numpy partialmethod save set_ set_default_device set_default_dtype share_memory_ singledispatch
-    singledispatchmethod storage tofile total_ordering typename untyped_storage update_wrapper wraps
+    numpy partialmethod save set_ share_memory_ singledispatch singledispatchmethod storage tofile
+    total_ordering typename untyped_storage update_wrapper wraps
 """.split())
-FRAMES = re.compile(r"(f|tb|gi|cr|ag|co|func)_\w+")
-NOT_TO_BE_SET = set(dir(torch)) | set(dir(torch.Tensor)) | set(dir(torch.nn.functional))
+HIDDEN = re.compile(r"_\w+|(f|tb|gi|cr|ag|co|func|register|set_default|sparse)_\w+")
+OF_TUPLES = {"_replace", "_asdict"}                    # of a NamedTuple, and not hidden
+NOT_TO_BE_SET = set().union(*map(dir, (
+    collections, functools, itertools, math, time, torch, torch.nn, torch.nn.functional,
+    torch.Tensor, torch.nn.Module, torch.Generator, collections.Counter, dict, list, set, str,
+)))
 
 STATEMENTS = {
     ast.ClassDef: "a class",
@@ -63,6 +77,12 @@ STATEMENTS = {
 }
 
 
+class Names(NamedTuple):
+    """Attributes of the core: an assignment to them could exchange what the checks use, or not."""
+    fixed: set[str]           # functions, methods and what modules bind
+    fields: set[str]          # of objects
+
+
 class Taken(NamedTuple):
     """A module of the core with a student's functions in it."""
     tree: ast.Module
@@ -71,10 +91,10 @@ class Taken(NamedTuple):
 
 # ---------------------------------------------------------------------------- what code may do
 
-def refusal(tree: ast.AST, fixed: set[str]) -> str:
+def refusal(tree: ast.AST, names: Names) -> str:
     """The first thing in this code that is not allowed, with its line; "" if there is none."""
     for node in walk(tree):
-        what = fault(node, fixed)
+        what = fault(node, names)
         if what:
             return f"line {getattr(node, 'lineno', '?')} uses {what}, which is not allowed"
     return ""
@@ -93,7 +113,7 @@ def walk(tree: ast.AST) -> Iterator[ast.AST]:
                 nodes += ast.iter_child_nodes(node)
 
 
-def fault(node: ast.AST, fixed: set[str]) -> str:
+def fault(node: ast.AST, names: Names) -> str:
     """What is not allowed in a node itself."""
     if type(node) in STATEMENTS:
         return STATEMENTS[type(node)]
@@ -104,10 +124,12 @@ def fault(node: ast.AST, fixed: set[str]) -> str:
     if isinstance(node, ast.Attribute):
         if not is_attribute_allowed(node.attr):
             return f".{node.attr}"
-        if not isinstance(node.ctx, ast.Load) and node.attr in fixed:
+        if not isinstance(node.ctx, ast.Load) and not may_be_set(node, names):
             return f"an assignment to .{node.attr}"
     if isinstance(node, ast.Import | ast.ImportFrom):
         return import_fault(node)
+    if getattr(node, "finalbody", []):
+        return "finally"                               # it may hold up what a check raises
     if isinstance(node, ast.ExceptHandler) and not is_handler_allowed(node):
         return "an except without the name of one error"
     return ""
@@ -120,8 +142,15 @@ def is_name_allowed(node: ast.Name) -> bool:
 
 
 def is_attribute_allowed(name: str) -> bool:
-    is_hidden = name.startswith(("_", "register_")) or FRAMES.fullmatch(name)
+    is_hidden = HIDDEN.fullmatch(name) and name not in OF_TUPLES
     return not is_hidden and name not in REFUSED
+
+
+def may_be_set(node: ast.Attribute, names: Names) -> bool:
+    """A field of the core's objects, or a new one of self."""
+    is_of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+    is_fixed = node.attr in NOT_TO_BE_SET | names.fixed
+    return not is_fixed and (is_of_self or node.attr in names.fields)
 
 
 def import_fault(node: ast.Import | ast.ImportFrom) -> str:
@@ -146,10 +175,10 @@ def is_handler_allowed(node: ast.ExceptHandler) -> bool:
 
 # ---------------------------------------------------------------------------- what is taken
 
-def assemble(skeleton: str, file: Path, fixed: set[str]) -> Taken:
+def assemble(skeleton: str, file: Path, names: Names) -> Taken:
     """A module as handed out, with the functions of this file. Its lines are the file's.
 
-    fixed: names of the core, which are not to be set. Never raises, whatever stands in the file.
+    Never raises, whatever stands in the file.
     """
     core = ast.parse(skeleton)
     student, trouble = parsed(file)
@@ -159,13 +188,13 @@ def assemble(skeleton: str, file: Path, fixed: set[str]) -> Taken:
         if not is_unwritten(node):
             ast.increment_lineno(node, written.lineno - node.lineno if written else 0)
             continue
-        reason = trouble or take(node, written, fixed)
+        reason = trouble or take(node, written, names)
         if reason:
             node.body = raising(reason)
         if reason and not trouble:
             notes.append(f"{file.name}: {name}: {reason}")
         node.decorator_list.append(ast.Name("__watched__", ast.Load()))
-    core.body += news(student, bound(core), fixed, notes)
+    core.body += news(student, bound(core), names, notes)
     return Taken(ast.fix_missing_locations(core), notes)
 
 
@@ -217,7 +246,7 @@ def find(tree: ast.Module, name: str) -> ast.FunctionDef | None:
     return node if is_function(node) else None
 
 
-def take(node: ast.FunctionDef, written: ast.FunctionDef | None, fixed: set[str]) -> str:
+def take(node: ast.FunctionDef, written: ast.FunctionDef | None, names: Names) -> str:
     """Give an assigned function the body that was written; or say why not."""
     if written is None:
         return "this function is not in the file"
@@ -225,7 +254,7 @@ def take(node: ast.FunctionDef, written: ast.FunctionDef | None, fixed: set[str]
         return f"its arguments are no longer {', '.join(arguments(node))}"
     if is_unwritten(written):
         return ""
-    reason = refusal(ast.Module(written.body, []), fixed)
+    reason = refusal(ast.Module(written.body, []), names)
     if not reason:
         node.body = written.body
         node.lineno, node.end_lineno = written.lineno, written.end_lineno
@@ -242,15 +271,15 @@ def raising(reason: str) -> list[ast.stmt]:
 
 
 def news(
-    student: ast.Module, names: set[str], fixed: set[str], notes: list[str]
+    student: ast.Module, known: set[str], names: Names, notes: list[str]
 ) -> list[ast.stmt]:
     """Functions, imports and named values at the top level that the core has not."""
     taken = []
     for node in student.body:
-        new = bound(ast.Module([node], [])) - names
+        new = bound(ast.Module([node], [])) - known
         if not new:
             continue
-        reason = refusal(node, fixed)
+        reason = refusal(node, names)
         if not isinstance(node, ast.FunctionDef | ast.Import | ast.ImportFrom):
             reason = reason or value_fault(node)
         if new & set(dir(builtins)):
@@ -288,20 +317,26 @@ def bound(tree: ast.Module) -> set[str]:
     return names
 
 
-def methods(tree: ast.Module) -> set[str]:
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    inside = [part for node in classes for part in node.body]
-    return {part.name for part in inside if is_function(part)}
+def names_of(skeletons: dict[str, str]) -> Names:
+    """What the core's modules and classes bind, and what is set of its objects."""
+    fixed = set()
+    fields = set()
+    for tree in map(ast.parse, skeletons.values()):
+        fixed |= bound(tree)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                fields.add(node.attr)
+            if isinstance(node, ast.ClassDef):
+                fields |= {part.target.id for part in node.body if isinstance(part, ast.AnnAssign)}
+                fixed |= {part.name for part in node.body if is_function(part)}
+    return Names(fixed, fields)
 
 
 # ---------------------------------------------------------------------------- loading it
 
 def assemble_all(skeletons: dict[str, str], repo: Path) -> dict[str, Taken]:
-    fixed = set(NOT_TO_BE_SET)
-    for source in skeletons.values():
-        tree = ast.parse(source)
-        fixed |= bound(tree) | methods(tree)
-    return {name: assemble(skeletons[name], repo / f"{name}.py", fixed) for name in CORE}
+    names = names_of(skeletons)
+    return {name: assemble(skeletons[name], repo / f"{name}.py", names) for name in CORE}
 
 
 def install(taken: dict[str, Taken], repo: Path, watched):
