@@ -24,7 +24,7 @@ from checks.common import golden, use_golden
 
 import dp_skip
 from checkpoint import BUNDLED, Tokenizer, load_model
-from model import rope_table
+from model import attention, rope_table, rotate
 from speculative import autoregressive
 
 FILE = HERE / "checks" / "golden.json"
@@ -57,6 +57,7 @@ def make(seed: int = 0) -> dict:
             "seed": seed,
             "rope": rope(),
             "layer": whole_layer(),
+            **parts(),
             "dp": dp_cases(),
             "dp consistent": consistent_cases(),
             "texts": texts(),
@@ -78,6 +79,22 @@ def rope() -> dict:
 def whole_layer() -> list:
     layer, x, cos, sin = problem1.whole_layer()
     return rounded(layer(x, cos, sin).tolist())
+
+
+def parts() -> dict:
+    """Functions one by one, on random inputs."""
+    norm, x = problem1.random_norm()
+    layer, rows = problem1.random_mlp()
+    tensors = {
+        "norm": norm(x),
+        "rotated": rotate(*problem1.random_rotation()),
+        "attended": attention(*problem1.random_attention()),
+        "mlp": layer.mlp_block(rows),
+        "distances": dp_skip.distances(*problem3.random_rows()),
+    }
+    found = {name: rounded(tensor.tolist()) for name, tensor in tensors.items()}
+    found["paths"] = [sorted(dp_skip.walk_back(*case)) for case in problem3.random_tables()]
+    return found
 
 
 # ---------------------------------------------------------------------------- problems 3 and 4

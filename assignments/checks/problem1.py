@@ -36,6 +36,18 @@ def rms_norm():
     got = RMSNorm(2, 0.0)(torch.tensor([[[[3.0, 4.0]]]]))
     close(got, [[[[0.848528, 1.131371]]]],
           "RMSNorm takes any number of axes before the last", "x of shape (1, 1, 1, 2)")
+    norm, x = random_norm()
+    close(norm(x), golden()["norm"],
+          "RMSNorm is weight * x / sqrt(mean(x^2) + eps)",
+          "random weight and x, eps 0.1, x (2, 8)", ("row", "dimension"))
+
+
+def random_norm():
+    """This and what follows: random inputs, on which golden numbers are the reference's."""
+    from model import RMSNorm
+    norm = RMSNorm(8, 0.1)
+    norm.weight.data = random(8, seed=11)
+    return norm, random(2, 8, seed=12)
 
 
 # ---------------------------------------------------------------------------- RoPE
@@ -50,7 +62,7 @@ SCALINGS = {"rope_scaling None": None, "rope_scaling of LLaMA 3.1": LLAMA31}
 
 
 def table_config(scaling: dict | None = None):
-    return config(head_dim=4, rope_theta=100.0, rope_scaling=scaling)
+    return config(head_dim=4, rope_theta=100.0 + golden()["seed"], rope_scaling=scaling)
 
 
 @check(3, "RoPE's table of angles")
@@ -59,7 +71,7 @@ def rope_table():
     axes = ("position", "dimension")
     for name, scaling in SCALINGS.items():
         expected = golden()["rope"][name]
-        example = f"head_dim 4, rope_theta 100, {name}, 4 positions"
+        example = f"head_dim 4, rope_theta {table_config().rope_theta:g}, {name}, 4 positions"
         got = table(table_config(scaling), 4)
         cos, sin = parts(got, "rope_table", "cos, sin", example)
         close(cos[:1], expected["cos"][:1],
@@ -111,6 +123,15 @@ def rotate():
           "x (2, 3, 2, 4), row 0 at angle 0, row 1 at (0.5, 2)", axes)
     close(got.norm(dim=-1), x.norm(dim=-1),
           "A rotation keeps each row's length", "x (2, 3, 2, 4), lengths", axes)
+    close(turn(*random_rotation()), golden()["rotated"],
+          "rotate turns (a, b) by t to (a cos t - b sin t, b cos t + a sin t)",
+          "random x (1, 2, 3, 4) and angles", axes)
+
+
+def random_rotation():
+    angles = random(3, 2, seed=13).repeat(1, 2)
+    sin = angles.sin() * torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    return random(1, 2, 3, 4, seed=14), angles.cos(), sin
 
 
 # ---------------------------------------------------------------------------- the cache
@@ -205,6 +226,19 @@ def attends():
           "A score is q.k / sqrt(head_dim), and the softmax goes over the slots",
           "query (2, 0), keys (1, 0) and (0, 0) with values 1 and 0, head_dim 2: the weight of the "
           "first", (None,))
+
+
+    close(attention(*random_attention()), golden()["attended"],
+          "Attention is softmax(q k^T / sqrt(head_dim) + mask) v",
+          "random q (1, 4, 3, 2), k and v (1, 2, 5, 2), mask (3, 5)",
+          ("batch", "head", "row", "dimension"))
+
+
+def random_attention():
+    mask = torch.where(random(3, 5, seed=15) > 0.3, -torch.inf, 0.0)
+    mask[:, 0] = 0
+    k, v = random(2, 1, 2, 5, 2, seed=16)
+    return random(1, 4, 3, 2, seed=17), k, v, mask
 
 
 # ---------------------------------------------------------------------------- the blocks
@@ -356,6 +390,17 @@ def feed_forward():
     close(layer.mlp_block(several)[:, 1:], expected,
           "mlp_block works on each row by itself",
           "rows (2, 3, 0 ...), (4, 6, 0 ...) and 0, mlp_norm doubles: the last two", AXES)
+
+
+    layer, x = random_mlp()
+    close(layer.mlp_block(x), golden()["mlp"],
+          "mlp_block is x + down(silu(gate) * up)", "random weights and x (1, 5, 8)", AXES)
+
+
+def random_mlp():
+    layer, x, _, _ = whole_layer()
+    layer.mlp_norm = Scale(0.7)
+    return layer, x
 
 
 # ---------------------------------------------------------------------------- the layer

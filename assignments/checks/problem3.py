@@ -257,6 +257,13 @@ def distances():
           "float32 has lost (see the docstring of distances)",
           "target (1, 1e-4, 1e-4), rows (10000, 1, 1.2), (10000, 1, 1.4), (10000, 1, 1.1), "
           "distances in units of 1e-5", ("row",), tolerance=0.1)
+    close(distance(*random_rows()), golden()["distances"],
+          "The distance of two directions is |u - v| of their unit vectors",
+          "random rows (3, 8) and target", ("row",))
+
+
+def random_rows():
+    return random(3, 8, seed=21), random(8, seed=22)
 
 
 PATHS = [                     # layers, budget, cells that skip, the set
@@ -288,6 +295,24 @@ def walk_back():
         equal(walk(skipped, layers, budget), expected,
               "The walk starts at cell (L, m); a cell (i, j) that skips adds layer i - 1 and leads "
               "to (i-1, j-1), one that runs leads to (i-1, j)", example)
+
+
+    for case, expected in zip(random_tables(), golden()["paths"]):
+        skipped, layers, budget = case
+        equal(walk(skipped, layers, budget), set(expected),
+              "The walk follows the choices from cell (L, m) to the first layer",
+              f"L = {layers}, m = {budget}, a random table")
+
+
+def random_tables():
+    """Choices as walk_back asks for them; cell (i, i) skips, and (i, 0) runs."""
+    for layers, budget in ((5, 2), (6, 3), (8, 4), (8, 5)):
+        draws = random(layers + 1, layers + 1, seed=23 + budget).tolist()
+
+        def skipped(i, j, draws=draws):
+            return j == i or (j > 0 and draws[i][j] > 0)
+
+        yield skipped, layers, budget
 
 
 @check(4, "The sets it chooses")

@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 
-from checks.common import PropertyError, check, equal, parts, show
+from checks.common import PropertyError, check, equal, parts, random, show
 
 DRAWS = 1500
 NAMES = "number accepted, next token"             # of what both functions return
@@ -16,10 +16,10 @@ NAMES = "number accepted, next token"             # of what both functions retur
 
 # ---------------------------------------------------------------------------- greedy
 
-def judged(drafted: list[int]):
-    """What accept_greedy makes of a draft when the whole model would write 4, 2, 0, 1."""
+def judged(drafted: list[int], choices: list[int] = (4, 2, 0, 1)):
+    """What accept_greedy makes of a draft when the whole model would write these."""
     from speculative import accept_greedy
-    choices = [4, 2, 0, 1][:len(drafted) + 1]
+    choices = list(choices[:len(drafted) + 1])
     example = f"drafted {drafted}, the whole model's choices {choices}"
     got = accept_greedy(drafted, torch.eye(5)[choices])
     return parts(got, "accept_greedy", NAMES, example), example
@@ -39,6 +39,16 @@ PREFIXES = [                  # drafted, accepted, the whole model's own token a
 ]
 
 
+def random_prefixes():
+    """Drafts with their first mistake at a place chosen beforehand; and what is accepted."""
+    for count in range(6):
+        draws = random(2, 6, seed=31 + count).mul(100).int()
+        choices = (draws[0] % 5).tolist()
+        drafted = choices[:count] + [(choices[count] + 1) % 5] + (draws[1] % 5).tolist()
+        drafted = drafted[:5]
+        yield drafted, choices, min(count, 5)
+
+
 @check(3, "Greedy: the accepted prefix")
 def prefix():
     for drafted, expected, _ in PREFIXES:
@@ -46,6 +56,11 @@ def prefix():
         equal(accepted, expected,
               "The longest prefix of the draft that the whole model would have written itself is "
               "accepted; nothing after its first disagreement", f"{example}: accepted")
+    for drafted, choices, expected in random_prefixes():
+        (accepted, _), example = judged(drafted, choices)
+        equal(accepted, expected,
+              "The longest prefix of the draft that the whole model would have written itself is "
+              "accepted", f"{example}: accepted")
 
 
 @check(2, "Greedy: the token after it")
@@ -55,6 +70,11 @@ def own():
         equal(token, expected,
               "After the accepted tokens comes the whole model's own choice at that row: a "
               "correction, or after a draft accepted whole the bonus token",
+              f"{example}: its own token")
+    for drafted, choices, accepted in random_prefixes():
+        (_, token), example = judged(drafted, choices)
+        equal(token, choices[accepted],
+              "After the accepted tokens comes the whole model's own choice at that row",
               f"{example}: its own token")
 
 
@@ -104,9 +124,16 @@ ACCEPT = [                    # drafted, q and p by row, P(accepted = 0, 1, ...)
 ]
 
 
+def random_pair():
+    """A draft of one token, of two."""
+    a, b = random(2, seed=41).sigmoid().tolist()
+    at_most_all = min(1.0, b / a)
+    return [0], [[a, 1 - a]], [[b, 1 - b], [0.5, 0.5]], [1 - at_most_all, at_most_all]
+
+
 @check(4, "Sampling: how often a token is accepted")
 def acceptance():
-    for drafted, q, p, expected in ACCEPT:
+    for drafted, q, p, expected in [*ACCEPT, random_pair()]:
         lengths = Counter()
         for (accepted, _), times in count(drafted, q, p).items():
             lengths[accepted] += times
