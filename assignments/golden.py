@@ -51,9 +51,10 @@ def rounded(x):
 
 
 def make(seed: int = 0) -> dict:
+    """The numbers of a seed, by which the checks go from now on."""
     use_golden({"seed": seed})
     with torch.inference_mode():
-        return {
+        made = {
             "seed": seed,
             "rope": rope(),
             "layer": whole_layer(),
@@ -62,6 +63,8 @@ def make(seed: int = 0) -> dict:
             "dp consistent": consistent_cases(),
             "texts": texts(),
         }
+    use_golden(made)
+    return made
 
 
 # ---------------------------------------------------------------------------- problem 1
