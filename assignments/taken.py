@@ -106,7 +106,7 @@ def walk(tree: ast.AST) -> Iterator[ast.AST]:
     while nodes:
         node = nodes.pop(0)
         match node:
-            case ast.Attribute(ast.Call(ast.Name("type"), [of]), "__name__"):
+            case ast.Attribute(ast.Call(ast.Name("type"), [ast.Name() as of], []), "__name__"):
                 nodes.append(of)
             case _:
                 yield node
@@ -183,6 +183,7 @@ def assemble(skeleton: str, file: Path, names: Names) -> Taken:
     core = ast.parse(skeleton)
     student, trouble = parsed(file)
     notes = [trouble] if trouble else []
+    notes += ignored(core, student, file.name)
     for name, node in functions(core):
         written = find(student, name)
         if not is_unwritten(node):
@@ -194,8 +195,21 @@ def assemble(skeleton: str, file: Path, names: Names) -> Taken:
         if reason and not trouble:
             notes.append(f"{file.name}: {name}: {reason}")
         node.decorator_list.append(ast.Name("__watched__", ast.Load()))
-    core.body += news(student, bound(core), names, notes)
+    core.body += news(student, bound(core), names, notes, file.name)
     return Taken(ast.fix_missing_locations(core), notes)
+
+
+def ignored(core: ast.Module, student: ast.Module, file: str) -> list[str]:
+    """What a student wrote in vain."""
+    handed_out = dict(functions(core))
+    notes = []
+    for name, written in functions(student):
+        node = handed_out.get(name)
+        if node is None and "." in name and name.split(".")[0] in bound(core):
+            notes.append(f"{file}: {name} is new: new functions are taken outside of classes only")
+        elif node and not is_unwritten(node) and ast.dump(written) != ast.dump(node):
+            notes.append(f"{file}: {name} is not assigned: the one handed out is used")
+    return notes
 
 
 def parsed(file: Path) -> tuple[ast.Module, str]:
@@ -271,7 +285,7 @@ def raising(reason: str) -> list[ast.stmt]:
 
 
 def news(
-    student: ast.Module, known: set[str], names: Names, notes: list[str]
+    student: ast.Module, known: set[str], names: Names, notes: list[str], file: str
 ) -> list[ast.stmt]:
     """Functions, imports and named values at the top level that the core has not."""
     taken = []
@@ -285,7 +299,7 @@ def news(
         if new & set(dir(builtins)):
             reason = f"line {node.lineno} takes a builtin's name"
         if reason:
-            notes.append(f"{', '.join(sorted(new))}: {reason}")
+            notes.append(f"{file}: {', '.join(sorted(new))}: {reason}")
         if reason and is_function(node):
             taken += ast.parse(f"def {node.name}(*_, **__): 0").body
             taken[-1].body = raising(reason)

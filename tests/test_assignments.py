@@ -3,6 +3,7 @@
 And a mistake costs points in its own problem only.
 """
 import ast
+import builtins
 import contextlib
 import functools
 import importlib
@@ -413,23 +414,39 @@ def test_what_solutions_are_written_with_is_allowed():
         assert taken.refusal(ast.Module(functions_in(path), []), names()) == ""
 
 
+PLAIN = int | float | complex | str | bytes | torch.Tensor
+
+
 def test_nothing_that_code_may_import_leads_to_other_modules_or_to_the_interpreter():
-    """Whatever attributes it goes through."""
+    """Whatever attributes and elements it goes through."""
     places = [importlib.import_module(name) for name in sorted(taken.MODULES)]
+    places += [getattr(builtins, name) for name in taken.BUILTINS]
+    places += [(), [], {}, set(), lambda: 0, (x for x in ()), torch.Tensor]
     reached = {id(place): place for place in places}
     while places:
-        place = places.pop()
-        for name in filter(taken.is_attribute_allowed, dir(place)):
-            with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-                value = getattr(place, name)
-                if id(value) not in reached and callable(value) | isinstance(value, ModuleType):
-                    reached[id(value)] = value
-                    places.append(value)
+        for value in parts_of(places.pop()):
+            if id(value) not in reached and not isinstance(value, PLAIN):
+                reached[id(value)] = value
+                places.append(value)
     modules = {value.__name__ for value in reached.values() if isinstance(value, ModuleType)}
     assert modules - taken.MODULES == {
         "torch.functional", "torch.linalg", "torch.nn.attention", "torch.random", "torch.special"}
-    for function in (open, eval, exec, compile, getattr, setattr, vars, globals, type, __import__):
-        assert id(function) not in reached
+    for value in (open, eval, exec, compile, getattr, setattr, vars, globals, type, __import__,
+                  Exception, BaseException):
+        assert id(value) not in reached
+    metaclasses = [value for value in reached.values() if isinstance(value, type)
+                   and issubclass(value, type)]
+    assert metaclasses == []
+
+
+def parts_of(place) -> list:
+    """What code that is taken could get at from here."""
+    parts = [*place.keys(), *place.values()] if isinstance(place, dict) else []
+    parts = [*place] if isinstance(place, list | tuple | set | frozenset) else parts
+    for name in filter(taken.is_attribute_allowed, dir(place)):
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+            parts.append(getattr(place, name))
+    return parts
 
 
 def functions_in(path) -> list[ast.FunctionDef]:
@@ -451,6 +468,8 @@ HALF = 0.5
 TWICE = helper(2)
 def helper(x): return x + HALF
 def cosines(candidates, state): return 1 / 0
+class Selection:
+    def more(self): pass
 raise SystemExit(1)
 """)
     tree, notes = taken.assemble(core["dp_skip"], path, taken.names_of(core))
@@ -459,7 +478,10 @@ raise SystemExit(1)
     assert module["walk_back"](None, 1, 2) == 2.5
     assert module["math"] is __import__("math")
     assert "os" not in module and "TWICE" not in module
-    assert len(notes) == 2 and "the module os" in notes[0] and "TWICE" in notes[1]
+    said = "\n".join(notes)
+    for what in ("cosines is not assigned", "the module os", "TWICE", "Selection.more is new"):
+        assert what in said
+    assert len(notes) == 4
 
 
 def test_a_file_that_is_missing_damaged_or_a_link_costs_its_functions_only(solved):
