@@ -353,8 +353,11 @@ def play(
             llama, list(prompt), count, drafter, stats=played.stats, **settings)
         for token in tokens:
             played.tokens.append(int(token))
-            cache = settings.get("cache") or played.text.cache
-            played.lengths.append(cache.length)
+            if played.text is None:
+                raise PropertyError(
+                    "begin is called once, before the first draft",
+                    f"{told(prompt, count, script)}: not called before the first token")
+            played.lengths.append(played.text.cache.length)
             if len(played.tokens) > count + 5:
                 break
     equal(len(played.drafts), len(played.judged),
