@@ -65,16 +65,12 @@ def require_divisible(config: Config, count: int):
 
 # ---------------------------------------------------------------------------- the model
 
-def join_layers(model: Llama, add: Callable[[Tensor], Tensor]) -> Llama:
-    """A rank's share of a model, as ``load_model`` gives it -> a part of the whole, in place.
-
-    add: ``added_in_order`` or ``all_reduced``.
-    """
+def join_layers(model: Llama, add: Callable[[Tensor], Tensor]):
+    """A rank's share of a model -> a part of the whole. add: added_in_order or all_reduced."""
     for layer in model.layers:
         layer.o = Summed(layer.o, add)
         layer.down = Summed(layer.down, add)
     model.clock = shared_clock(model.device)
-    return model
 
 
 class Summed(nn.Module):
@@ -101,10 +97,7 @@ def added_in_order(x: Tensor) -> Tensor:
 
 
 def all_reduced(x: Tensor) -> Tensor:
-    """The same sum in an order that the library chooses: on many ranks faster.
-
-    With three ranks or more a row's bits depend on its place, and so decoding is not exact.
-    """
+    """The same sum in the library's order: faster on many ranks, but from three on not exact."""
     total = x.float()
     with peers():
         dist.all_reduce(total)
@@ -114,7 +107,7 @@ def all_reduced(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------- one clock, one input
 
 def shared_clock(device: torch.device) -> Callable[[], float]:
-    """A clock for all ranks: what rank 0's shows, once its device is done."""
+    """A clock for all ranks: what rank 0's shows, once each rank's device is done."""
     def now() -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -151,10 +144,7 @@ class SharedInput(io.RawIOBase):
 # ---------------------------------------------------------------------------- the processes
 
 class LostPeerError(SystemExit):
-    """Another process has ended. Nobody catches it but ``as_one_of_several``.
-
-    Its code: what the library says.
-    """
+    """Another process has ended; code: what the library says. For ``as_one_of_several``."""
 
 
 @contextmanager
