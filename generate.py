@@ -493,7 +493,8 @@ def write_trace(decoder: "Decoder", tokenizer: Tokenizer, plain_ends: list[float
     about = (f"{Path(args.model).name}, drafter {decoder.drafts_by}, temperature "
              f"{args.temperature}, {str(weight.dtype).removeprefix('torch.')} on {weight.device}")
     found = record(decoder.drafter, tokenizer, plain_ends, about)
-    Path(args.trace).write_text(page(found), encoding="utf-8")
+    if my_place().rank == 0:
+        Path(args.trace).write_text(page(found), encoding="utf-8")
     say(f"the run is shown in {args.trace}: open it in a browser")
 
 
@@ -574,8 +575,8 @@ def prepare(args: argparse.Namespace, text: str) -> tuple[Decoder, Tokenizer, li
     device, dtype = choose_device(args.device, args.dtype, args.weights)
     require(device.type == "cuda" or not args.cuda_graphs,
             f"--cuda-graphs needs an NVIDIA GPU, and the device is {device}")
-    require(my_place().is_alone or not args.cuda_graphs,
-            "--cuda-graphs are for one process: leave them out under torchrun")
+    require(my_place().is_alone or not (args.cuda_graphs or device.type == "mps"),
+            "--cuda-graphs and --device mps are for one process: leave them out under torchrun")
     folder = find_folder(args.model)
     tokenizer = Tokenizer(folder)
     prompt = tokenizer.encode(text, args.chat)

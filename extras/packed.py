@@ -43,7 +43,7 @@ def pack(model: Llama) -> Llama:
     Matrices that have a form of their own already, by ``load_model``, keep it. A packed layer has
     no weight to look at or save. A tied head becomes a matrix of its own beside the embedding.
     """
-    device = model.device
+    device = model.embed.weight.device
     if device.type == "cuda" or is_x86(device):
         attend_by(model, choose(model))
     if not is_x86(device):

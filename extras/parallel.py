@@ -18,7 +18,7 @@ What makes all ranks do the same:
   do not depend on its place, as those of an all-reduce do: decoding stays exact (exact.py).
 * Random numbers come from the same seed, and logits are the same.
 * What depends on time goes by one clock, that of rank 0 (``shared_clock``).
-* What is typed is read by rank 0 and sent (``SharedInput``). Only rank 0 prints.
+* Rank 0 alone reads what is typed, and sends it (``SharedInput``). It alone prints.
 """
 import io
 import os
@@ -39,7 +39,7 @@ PATIENCE = 2.0                # seconds in which rank 0 may say what went wrong,
 
 
 class Place(NamedTuple):
-    """Which process this is, as torchrun says it in the environment; alone if there is none."""
+    """Which process this is, as torchrun says it in the environment."""
     rank: int
     count: int
     local_rank: int           # on this machine
@@ -51,8 +51,10 @@ class Place(NamedTuple):
 
 
 def my_place() -> Place:
+    if "MASTER_ADDR" not in os.environ:                  # not started by torchrun or the like
+        return Place(0, 1, 0, 1)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Place(*(int(os.environ.get(name, "SIZE" in name)) for name in names))
+    return Place(*(int(os.environ[name]) for name in names))
 
 
 def require_divisible(config: Config, count: int):
@@ -157,11 +159,7 @@ def peers():
 
 
 def as_one_of_several(main: Callable[[], int]) -> int:
-    """Run a program as one of several processes, of which only rank 0 prints. Its exit status.
-
-    If one fails, all end, with one line from the one that failed; if it could say nothing, from
-    another.
-    """
+    """Run a program as one of several processes. If one fails, all end, with one line by it."""
     place = my_place()
     store, _, _ = next(dist.rendezvous("env://"))
     on_gpu = torch.cuda.is_available() and dist.is_nccl_available()
@@ -179,6 +177,9 @@ def as_one_of_several(main: Callable[[], int]) -> int:
         status = 1
         if claims(store):
             print(f"\ngenerate.py: another process has ended ({error.code})", file=stderr)
+    except Exception:                                    # a mistake in the code
+        sys.stderr = stderr
+        raise
     else:
         if status == 0:
             dist.destroy_process_group()

@@ -198,6 +198,21 @@ def test_each_of_several_processes_holds_a_share_of_every_layer(folder, count):
             assert all(torch.equal(piece, weight) for piece in pieces)
 
 
+def test_a_process_reads_its_share_of_the_layers_and_no_more(folder, monkeypatch):
+    """But for the norms, which are small and whole everywhere, as embedding and head are."""
+    read = {}
+
+    def note(place, name, tensor, shared, share):
+        read[share.rank] = read.get(share.rank, 0) + (place.numel() if shared is not None else 0)
+
+    monkeypatch.setattr("checkpoint.read_into", note)
+    for rank in range(2):
+        load_model(folder, share=Share(rank, 2))
+    config = read_config(folder)
+    half = config.num_hidden_layers * config.layer_weights // 2
+    assert read == {0: half, 1: half}
+
+
 def test_nothing_is_read_of_files_that_do_not_fit(folder, monkeypatch):
     edit_weights(folder, model_norm_weight=None)
     monkeypatch.setattr("checkpoint.read_into", lambda *_: pytest.fail("read"))

@@ -280,3 +280,13 @@ def test_a_prompt_from_standard_input_reaches_all_ranks():
                            cwd=ROOT, capture_output=True, text=True)
     assert json.loads(out)["prompt_tokens"] == json.loads(alone.stdout)["prompt_tokens"]
     assert json.loads(out)["text"] == json.loads(alone.stdout)["text"]
+
+
+@pytest.mark.thorough
+def test_the_page_of_a_run_is_written_once_and_shows_the_same(tmp_path):
+    path = tmp_path / "run.html"
+    process = torchrun(3, "--temperature", "0", "--max-new-tokens", "12", "--trace", str(path))
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.strip() and out.split()[0] in path.read_text(encoding="utf-8")
+    assert err.count("is shown in") == 1
