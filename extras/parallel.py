@@ -119,7 +119,7 @@ def shared_clock(device: torch.device) -> Callable[[], float]:
 
 
 def sent(x: Tensor) -> Tensor:
-    """Rank 0's tensor, on all ranks; each gives one of its shape. On the CPU."""
+    """Rank 0's tensor, on all ranks; each gives one of its shape, on the CPU."""
     with peers():
         dist.broadcast(x, 0)
     return x
@@ -184,8 +184,7 @@ def as_one_of_several(main: Callable[[], int]) -> int:
         if status == 0:
             dist.destroy_process_group()
             return 0
-        if place.rank > 0:
-            time.sleep(PATIENCE)                         # if all have failed, rank 0 has spoken
+        time.sleep(PATIENCE * (place.rank > 0))          # if all have failed, rank 0 has spoken
         if claims(store) and place.rank > 0:
             print(sys.stderr.getvalue().strip().rpartition("\n")[2], file=stderr)
     sys.stdout.flush()

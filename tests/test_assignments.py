@@ -722,8 +722,12 @@ def test_the_exported_tests_pass_on_a_filled_in_export(exported, tmp_path, probl
 
 
 def test_what_stands_in_for_a_file_has_what_generate_wants_of_it(exported):
-    for problem, module, names in ((1, "packed", {"choose_form", "choose_threads", "pack"}), (6, "auto", {"Auto"}),
-                                   (6, "lookup", {"Lookup", "MOST"})):
+    cases = [
+        (1, "packed", {"choose_form", "choose_threads", "pack"}),
+        (6, "auto", {"Auto"}),
+        (6, "lookup", {"Lookup", "MOST"}),
+    ]
+    for problem, module, names in cases:
         out = exported((problem,))
         stand_in = (out / "extras" / f"{module}.py").read_text()
         assert stand_in == (HERE / "stand_ins" / f"{module}.py").read_text()
