@@ -231,7 +231,11 @@ class Stored(NamedTuple):
     """A tensor in a file."""
     path: Path
     shape: tuple[int, ...]
-    dtype: str
+    dtype: str                # "BF16", ...
+
+    @property
+    def weight_bytes(self) -> int:
+        return FLOATS[self.dtype]
 
 
 def parts(model: Llama) -> list[Part]:
@@ -267,6 +271,25 @@ def named_weights(model: Llama) -> dict[str, Tensor]:
     return weights
 
 
+def read_headers(folder: Path) -> tuple[Config, dict[str, Stored]]:
+    """What a folder's files say that they hold, which is a model; no weights are read.
+
+    Raises ModelError for a missing, damaged or unsupported config.json or weight file, and for
+    missing, unknown and wrongly shaped tensors.
+    """
+    config = read_config(folder)
+    files = weight_files(folder)
+    stored = stored_tensors(files)
+    refuse_impossible_sizes(folder, config, files)
+    is_tied = config.tie_word_embeddings and not has_its_own_head(stored)
+    if is_tied:
+        stored.pop("lm_head.weight", None)
+    config = replace(config, tie_word_embeddings=is_tied)
+    with torch.device("meta"):                                       # no memory yet
+        require_parts(Llama(config), stored, folder)
+    return config, stored
+
+
 def unchanged(linear: nn.Module) -> nn.Module:
     return linear
 
@@ -286,19 +309,10 @@ def load_model(
 
     Matrix by matrix the tensors are read from the memory-mapped files, cast and put into their
     form, some at a time, side by side. So the model never exists twice, nor in another form.
-    Raises ModelError for a missing, damaged or unsupported config.json or weight file, and for
-    missing, unknown and wrongly shaped tensors, before weights are read.
+    Raises ModelError before that, see ``read_headers``.
     """
-    config = read_config(folder)
-    files = weight_files(folder)
-    stored = stored_tensors(files)
-    refuse_impossible_sizes(folder, config, files)
-    is_tied = config.tie_word_embeddings and not has_its_own_head(stored)
-    if is_tied:
-        stored.pop("lm_head.weight", None)
-    config = replace(config, tie_word_embeddings=is_tied)
+    config, stored = read_headers(folder)
     with torch.device("meta"):                                       # no memory yet
-        require_parts(Llama(config), stored, folder)
         model = Llama(config.shared_by(share.count))
 
     def load(part: Part):
@@ -309,7 +323,7 @@ def load_model(
         module.weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(module, nn.Linear):
             model.set_submodule(part.module, form(module))
-        if module is model.embed and is_tied:
+        if module is model.embed and config.tie_word_embeddings:
             head = form(module)
             model.head = head if head is not module else None
 
@@ -394,12 +408,6 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
                 if not name.endswith("rotary_emb.inv_freq"):
                     found[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
     return found
-
-
-def stored_bytes(folder: Path) -> int:
-    """Of a weight in the files; of the widest, if they differ."""
-    stored = stored_tensors(weight_files(folder)).values()
-    return max((FLOATS.get(tensor.dtype, 0) for tensor in stored), default=0)
 
 
 def has_its_own_head(stored: dict[str, Stored]) -> bool:

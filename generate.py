@@ -33,8 +33,7 @@ from checkpoint import (
     Tokenizer,
     find_folder,
     load_model,
-    read_config,
-    stored_bytes,
+    read_headers,
     suggested_settings,
 )
 from extras.auto import Auto
@@ -230,10 +229,11 @@ def form_of_weights(weights: str | None, device: torch.device, dtype: torch.dtyp
 def require_room(args: argparse.Namespace, folder: Path, device, dtype, prompt: list[int]):
     """Refuse what processes cannot share or the device cannot hold, before gigabytes are read."""
     place = my_place()
-    config = read_config(folder)
+    config, stored = read_headers(folder)
     require_divisible(config, place.count)
     tokens = min(len(prompt) + args.max_new_tokens, config.max_position_embeddings)
-    plan = Plan(config, device, dtype, tokens, args.weights, place.count, stored_bytes(folder))
+    widest = max(tensor.weight_bytes for tensor in stored.values())
+    plan = Plan(config, device, dtype, tokens, args.weights, place.count, widest)
     require_fits(plan, len(prompt), place.local_count if device.type == "cpu" else 1)
 
 

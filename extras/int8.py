@@ -25,6 +25,7 @@ from extras.packed import require_numbers
 LARGEST = 127
 FEW = 16                      # rows up to which kernels for few rows are faster
 CHUNK = 4096                  # rows of a matrix that are widened at once
+COLUMNS = 16                  # the CPU's kernel reads so many at a time, past the end too
 
 
 def in_int8(linear: nn.Module) -> nn.Module:
@@ -65,7 +66,7 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor):
         super().__init__()
         self.codes, self.scales = quantise(weight)
-        self.product = choose_product(weight.device, weight.dtype)
+        self.product = choose_product(weight)
 
     @property
     def nbytes(self) -> int:
@@ -77,11 +78,12 @@ class Int8Linear(nn.Module):
         return product(rows, self.codes, self.scales).unflatten(0, x.shape[:-1])
 
 
-def choose_product(device: torch.device, dtype: torch.dtype):
+def choose_product(weight: Tensor):
     """The fastest form of ``plain_product`` for a few rows."""
-    if device.type == "cpu" and dtype == torch.bfloat16:
+    device = weight.device.type
+    if device == "cpu" and weight.dtype == torch.bfloat16 and weight.shape[1] % COLUMNS == 0:
         return torch._weight_int8pack_mm
-    if device.type == "cuda":
+    if device == "cuda":
         from extras.int8_cuda import product
         return product
     return plain_product

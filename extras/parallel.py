@@ -51,10 +51,10 @@ class Place(NamedTuple):
 
 
 def my_place() -> Place:
-    if "MASTER_ADDR" not in os.environ:                  # not started by torchrun or the like
-        return Place(0, 1, 0, 1)
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    return Place(*(int(os.environ[name]) for name in names))
+    if "MASTER_ADDR" in os.environ and all(name in os.environ for name in names):
+        return Place(*(int(os.environ[name]) for name in names))
+    return Place(0, 1, 0, 1)
 
 
 def require_divisible(config: Config, count: int):

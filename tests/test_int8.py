@@ -81,6 +81,14 @@ def test_products_are_those_of_codes_and_scales(dtype, rows):
     torch.testing.assert_close(linear(x[None])[0], expected.to(dtype))
 
 
+@pytest.mark.parametrize("columns", [17, 24, 172, 344])
+def test_columns_may_be_any_number(columns):
+    """PyTorch's kernel for a CPU crashes where it is no multiple of 16."""
+    linear = Int8Linear(matrix(50, columns).bfloat16())
+    x = matrix(3, columns).bfloat16()
+    torch.testing.assert_close(linear(x), plain_product(x, linear.codes, linear.scales))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_rows_bits_do_not_depend_on_the_others(dtype):
     linear = Int8Linear(matrix(300, 256).to(dtype))

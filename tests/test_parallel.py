@@ -28,6 +28,7 @@ from extras.parallel import (
     added_in_order,
     all_reduced,
     join_layers,
+    my_place,
     require_divisible,
     shared_clock,
 )
@@ -110,6 +111,18 @@ def test_what_rank_0_reads_all_ranks_read(tmp_path):
 
 
 # ---------------------------------------------------------------- who can share a model
+
+def test_only_what_torchrun_sets_all_of_makes_several_processes(monkeypatch):
+    """Cluster scripts export some of it."""
+    told = {"MASTER_ADDR": "localhost", "RANK": "1", "WORLD_SIZE": "3", "LOCAL_RANK": "1",
+            "LOCAL_WORLD_SIZE": "3"}
+    for name in told:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        assert my_place().is_alone
+        monkeypatch.setenv(name, value)
+    assert my_place() == (1, 3, 1, 3)
+
 
 @pytest.mark.parametrize("heads, kv_heads, width, counts", [
     (32, 8, 14336, [1, 2, 4, 8, 16, 32]),                          # LLaMA-3-8B

@@ -258,8 +258,8 @@ DAMAGE = {
     "a missing tensor": (norm(lambda weight: None), f"no weights for {NORM}"),
     "an extra tensor": (an_extra_tensor, "unexpected tensor extra"),
     "a tensor of another shape": (norm(lambda weight: torch.ones(3)), "(3,)"),
-    "a tensor of integers": (norm(torch.Tensor.int), "int32"),
-    "a tensor of fp8": (norm(lambda weight: weight.to(torch.float8_e4m3fn)), "float8"),
+    "a tensor of integers": (norm(torch.Tensor.int), "I32"),
+    "a tensor of fp8": (norm(lambda weight: weight.to(torch.float8_e4m3fn)), "F8_E4M3"),
     "NaN weights": (filled(torch.nan), "NaN or infinity"),
     "one infinite weight": (filled(torch.inf, 1), "NaN or infinity"),
 }
