@@ -232,7 +232,7 @@ def require_room(args: argparse.Namespace, folder: Path, device, dtype, prompt: 
     config, stored = read_headers(folder)
     require_divisible(config, place.count)
     tokens = min(len(prompt) + args.max_new_tokens, config.max_position_embeddings)
-    widest = max(tensor.weight_bytes for tensor in stored.values())
+    widest = max(tensor.weight_bytes for tensor in stored.values() if len(tensor.shape) == 2)
     plan = Plan(config, device, dtype, tokens, args.weights, place.count, widest)
     require_fits(plan, len(prompt), place.local_count if device.type == "cpu" else 1)
 

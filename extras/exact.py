@@ -103,6 +103,12 @@ def results_of_equal_rows(model: Llama, width: int, slots: int, random: torch.Ge
 
 
 def layers_of_each_kind(model: Llama) -> list:
-    """One layer for each combination of modules: packed.py exchanges them by their weights."""
+    """One layer for each combination of modules: packed.py exchanges them by their weights.
+
+    Where processes share a model, one: another rank's may be of other kinds, and all must add up as
+    often. (``passes_agree`` sees all.)
+    """
+    if model.clock:
+        return [model.layers[0]]
     kinds = {tuple(type(part) for part in layer.children()): layer for layer in model.layers}
     return list(kinds.values())

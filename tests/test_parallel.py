@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from conftest import DEVICE, REAL, ROOT, same_bits, tokens_of
 from folders import small_folder
+from safetensors.torch import load_file, save_file
 
 from checkpoint import BUNDLED, Share, load_model, read_config
 from extras.auto import Auto
@@ -219,6 +220,26 @@ def test_texts_are_those_of_plain_decoding_and_of_one_process(
             prompt = tokens_of(alone, 7 + 5 * i, seed=i)
             expected = list(autoregressive(alone, prompt, tokens))
             assert ties(folder, prompt, found["one row", i], expected) <= 1
+
+
+def width_and_kind(rank: int, folder: Path) -> tuple:
+    model = shared_model(folder, torch.float32, rank, 2)
+    return exact_width(model, 5), type(model.layers[1].qkv).__name__
+
+
+def test_ranks_agree_on_a_width_though_their_matrices_are_packed_differently(tmp_path):
+    """Here the first heads of a layer were saved from 16 bits, and the others were not."""
+    folder = small_folder(tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    for name in ("q", "k", "v"):
+        whole = weights[f"model.layers.1.self_attn.{name}_proj.weight"]
+        first = whole[:len(whole) // 2]
+        first.copy_(first.bfloat16())
+    save_file(weights, folder / "model.safetensors")
+    (width, kind), (other_width, other_kind) = on_ranks(2, width_and_kind, tmp_path, folder)
+    assert width == other_width
+    if "fbgemm" in torch.backends.quantized.supported_engines:
+        assert kind != other_kind
 
 
 # ---------------------------------------------------------------- the program
