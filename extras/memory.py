@@ -130,7 +130,8 @@ def limit_of_container() -> int | None:
         limit = int((CONTAINER / "memory.max").read_text())          # "max": ValueError
         used = int((CONTAINER / "memory.current").read_text())
         lines = (CONTAINER / "memory.stat").read_text().splitlines()
-        files = int(dict(line.split() for line in lines)["inactive_file"])
+        parts = dict(line.split() for line in lines)
+        files = int(parts["active_file"]) + int(parts["inactive_file"])
     except (OSError, ValueError, KeyError):
         return None
     return limit - used + files

@@ -147,7 +147,7 @@ def test_a_container_may_take_what_its_limit_leaves(tmp_path, monkeypatch):
     assert memory.limit_of_container() is None
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 400\n")
+    (tmp_path / "memory.stat").write_text("anon 300\nactive_file 250\ninactive_file 150\n")
     assert memory.limit_of_container() == 700
 
 
