@@ -670,4 +670,6 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="replace")       # some terminals have no UTF-8
+    if sys.stdin is not None:
+        sys.stdin.reconfigure(errors="surrogateescape")            # refused in one line, then
     sys.exit(main() if my_place().is_alone else as_one_of_several(main))

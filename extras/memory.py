@@ -96,12 +96,17 @@ def loading_need(plan: Plan) -> int:
 
 
 def prefill_need(plan: Plan) -> int:
-    """The states between all layers, kept and stacked; a layer's MLP; and logits."""
+    """The states between all layers, kept and stacked; a layer's MLP; masks; and logits.
+
+    A mask, and the same repeated for the heads of a group, is held until the next is made.
+    """
     c = plan.share
     rows = min(PREFILL_ROWS, plan.tokens)
     states = 2 * (c.num_hidden_layers + 1) * c.hidden_size
     mlp = 4 * c.intermediate_size
-    return rows * (states + mlp) * plan.dtype.itemsize + 4 * ROWS * c.vocab_size
+    groups = c.num_attention_heads // c.num_key_value_heads
+    masks = 2 * (1 + groups) * whole_blocks(plan.tokens)
+    return rows * (states + mlp + masks) * plan.dtype.itemsize + 4 * ROWS * c.vocab_size
 
 
 # ---------------------------------------------------------------------------- what there is
@@ -162,8 +167,9 @@ def alternatives(plan: Plan, free: int, prompt: int) -> list[str]:
     need = needed(plan)
     if plan.weights is None:
         smaller = plan._replace(weights="int8", dtype=torch.bfloat16)
+        dtype = "" if plan.dtype == torch.bfloat16 else " --dtype bfloat16"
         if needed(smaller).total <= free:
-            found.append(f"--weights int8 ({gb(needed(smaller).total)})")
+            found.append(f"--weights int8{dtype} ({gb(needed(smaller).total)})")
     if plan.device.type == "cuda":
         for count in range(plan.processes + 1, ALTERNATIVES + 1):
             each = plan._replace(processes=count)

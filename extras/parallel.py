@@ -8,9 +8,8 @@ All ranks run the same program on the same text, and hold the same hidden state 
     x + sum over ranks of  o(attention of its heads of x)
     x + sum over ranks of  down(silu(gate) * up of its columns of x)
 
-So there are two sums a layer, and none where it is skipped. Embedding, norms and head are whole on
-every rank. The rest of the project does not know: a rank's model is a ``Llama`` of fewer heads,
-whose ``o`` and ``down`` add up what the ranks have (``Summed``).
+Two sums a layer, and none where it is skipped; embedding, norms and head are whole on every rank.
+The rest of the project sees a ``Llama`` of fewer heads whose o and down add up (``Summed``).
 
 What makes all ranks do the same:
 
@@ -26,6 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -164,9 +164,10 @@ def as_one_of_several(main: Callable[[], int]) -> int:
     store, _, _ = next(dist.rendezvous("env://"))
     on_gpu = torch.cuda.is_available() and dist.is_nccl_available()
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store,
-                            rank=place.rank, world_size=place.count)
+                            rank=place.rank, world_size=place.count, timeout=timedelta(days=365))
     source = sys.stdin.buffer.raw if place.rank == 0 and sys.stdin else None
-    sys.stdin = io.TextIOWrapper(io.BufferedReader(SharedInput(source)))
+    sys.stdin = io.TextIOWrapper(
+        io.BufferedReader(SharedInput(source)), "utf-8", errors="surrogateescape")
     stderr = sys.stderr
     if place.rank > 0:
         sys.stdout = open(os.devnull, "w")
@@ -188,7 +189,6 @@ def as_one_of_several(main: Callable[[], int]) -> int:
         if claims(store) and place.rank > 0:
             print(sys.stderr.getvalue().strip().rpartition("\n")[2], file=stderr)
     sys.stdout.flush()
-    stderr.flush()
     os._exit(status)                                     # whatever waits for the others
 
 

@@ -3,7 +3,7 @@
     python tools/weights.py --model M [--text FILE]
 
 Both compute in bfloat16 (or --dtype). The text is cut into pieces of TOKENS tokens, each of which
-is read from its beginning; by default it is this project's own README and docs.
+is read from its beginning; by default it is this project's LICENSE, which never changes.
 """
 import sys
 from pathlib import Path
@@ -16,7 +16,7 @@ from checkpoint import BUNDLED, Tokenizer, find_folder, load_model
 from extras.packed import pack
 from generate import Parser, choose_device, form_of_weights
 from model import KVCache, Llama
-from speculative import require
+from speculative import SettingsError, require
 
 TOKENS = 256
 PIECES = 12
@@ -25,17 +25,18 @@ PIECES = 12
 def arguments():
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", metavar="PATH_OR_REPO", default=str(BUNDLED))
-    parser.add_argument("--text", metavar="FILE")
+    parser.add_argument("--text", metavar="FILE", default=str(ROOT / "LICENSE"))
     parser.add_argument("--device", metavar="cpu|cuda|cuda:N|mps")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     return parser.parse_args()
 
 
 def pieces_of(args, tokenizer: Tokenizer) -> list[list[int]]:
-    ours = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
-    files = [Path(args.text)] if args.text else ours
-    tokens = tokenizer.encode("\n".join(path.read_text(encoding="utf-8") for path in files))
-    pieces = [tokens[i:i + TOKENS] for i in range(0, len(tokens) - TOKENS, TOKENS)]
+    try:
+        tokens = tokenizer.encode(Path(args.text).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SettingsError(f"cannot read --text: {error}") from None
+    pieces = [tokens[i:i + TOKENS] for i in range(0, len(tokens) - TOKENS + 1, TOKENS)]
     require(pieces, f"the text has fewer than {TOKENS} tokens")
     return pieces[:PIECES]
 
