@@ -205,6 +205,7 @@ LAYER_PARTS = {
     "gate_up": (["mlp.gate_proj", "mlp.up_proj"], 0),
     "down": (["mlp.down_proj"], 1),
 }
+LOADERS = 4                   # matrices that are in the making at once, at most; also in memory.py
 FLOATS = {                    # safetensors' dtypes, and their bytes; fp8 would need its scales
     "F64": 8,
     "F32": 4,
@@ -337,7 +338,7 @@ def side_by_side(work: Callable, items: list):
     An error, or Ctrl-C, ends it after the items that are begun.
     """
     from tqdm import tqdm  # comes with huggingface-hub
-    threads = ThreadPoolExecutor(min(4, torch.get_num_threads()))
+    threads = ThreadPoolExecutor(min(LOADERS, torch.get_num_threads()))
     shown = None if sys.stderr else True               # None: shown on a terminal
     try:
         done = threads.map(work, items)

@@ -7,13 +7,11 @@ Students hand in model.py, dp_skip.py and speculative.py, those that they wrote 
 the leaderboard. Their functions are put into a fresh export, which the archive holds. The reference
 is in it too, and makes the cases anew for each submission.
 """
-import argparse
 import sys
 import zipfile
 from pathlib import Path
 
-from export import ExportError, stripped
-from grade import PROBLEMS, numbers
+from export import ExportError, new_parser, stripped
 from taken import CORE
 
 HERE = Path(__file__).resolve().parent
@@ -47,10 +45,7 @@ def write(out: Path, contents: dict[str, str | Path]):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write Gradescope's autograder.")
-    parser.add_argument("out", type=Path, help="a file that does not exist yet")
-    parser.add_argument("--problems", type=numbers, default=list(PROBLEMS), metavar="N,N",
-                        help="default: all six")
+    parser = new_parser("Write Gradescope's autograder.", "a file that does not exist yet")
     args = parser.parse_args()
     if args.out.exists():
         parser.error(f"{args.out} exists")

@@ -325,11 +325,18 @@ def handout(problems: list[int]) -> str:
 
 # ---------------------------------------------------------------------------- running
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write a student's repository.")
-    parser.add_argument("out", type=Path, help="a folder that does not exist yet, or is empty")
+def new_parser(description: str, out: str) -> argparse.ArgumentParser:
+    """For what is to be written of some problems. out: what that argument is."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("out", type=Path, help=out)
     parser.add_argument("--problems", type=numbers, default=list(PROBLEMS), metavar="N,N",
                         help="default: all six")
+    return parser
+
+
+def main() -> int:
+    parser = new_parser("Write a student's repository.",
+                        "a folder that does not exist yet, or is empty")
     args = parser.parse_args()
     out = args.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

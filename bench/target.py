@@ -193,6 +193,7 @@ def empty_model(config: Config, device, dtype) -> Llama:
     """A model whose weights have memory but no values yet."""
     with torch.device("meta"):
         model = Llama(config)                          # no memory yet
+    # What ``to_empty`` does; but that would import torch._dynamo, for half a second.
     model._apply(lambda weight: torch.empty(weight.shape, dtype=dtype, device=device))
     return model.requires_grad_(False).eval()
 

@@ -166,8 +166,7 @@ def as_one_of_several(main: Callable[[], int]) -> int:
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", store=store,
                             rank=place.rank, world_size=place.count, timeout=timedelta(days=365))
     source = sys.stdin.buffer.raw if place.rank == 0 and sys.stdin else None
-    sys.stdin = io.TextIOWrapper(
-        io.BufferedReader(SharedInput(source)), "utf-8", errors="surrogateescape")
+    sys.stdin = io.TextIOWrapper(io.BufferedReader(SharedInput(source)), "utf-8", "surrogateescape")
     stderr = sys.stderr
     if place.rank > 0:
         sys.stdout = open(os.devnull, "w")
@@ -185,7 +184,8 @@ def as_one_of_several(main: Callable[[], int]) -> int:
         if status == 0:
             dist.destroy_process_group()
             return 0
-        time.sleep(PATIENCE * (place.rank > 0))          # if all have failed, rank 0 has spoken
+        if place.rank > 0:
+            time.sleep(PATIENCE)                         # if all have failed, rank 0 has spoken
         if claims(store) and place.rank > 0:
             print(sys.stderr.getvalue().strip().rpartition("\n")[2], file=stderr)
     sys.stdout.flush()

@@ -70,12 +70,11 @@ def run():
         model = pack(load_model(folder, device, dtype, form_of_weights(weights, device, dtype)))
         found.append(all_logits(model, pieces))
     plain, eight = found
-    change = perplexity(eight, pieces) / perplexity(plain, pieces) - 1
+    before, after = (perplexity(logits, pieces) for logits in found)
     error = (eight - plain).abs().max() / plain.abs().max()
     agree = (eight.argmax(-1) == plain.argmax(-1)).double().mean()
     print(f"{folder.resolve().name}, {args.dtype}, {len(pieces)} pieces of {TOKENS} tokens:")
-    print(f"perplexity {perplexity(plain, pieces):.3f}; in int8 {perplexity(eight, pieces):.3f} "
-          f"({100 * change:+.2f} %)")
+    print(f"perplexity {before:.3f}; in int8 {after:.3f} ({100 * (after / before - 1):+.2f} %)")
     print(f"logits: largest difference {100 * error:.1f} % of the largest logit; the likeliest "
           f"token is the same at {100 * agree:.1f} % of places")
 
