@@ -195,15 +195,14 @@ def read_sizes(raw: dict) -> dict[str, int]:
 
 # ---------------------------------------------------------------------------- *.safetensors
 
-# By module of a decoder layer: the tensors that Hugging Face keeps it as, one below another; and
-# the dimension along which several processes share each of them; None: each has the whole.
+# By module of a decoder layer: the tensors that Hugging Face keeps it as, one below another.
 LAYER_PARTS = {
-    "attention_norm": (["input_layernorm"], None),
-    "qkv": (["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], 0),
-    "o": (["self_attn.o_proj"], 1),
-    "mlp_norm": (["post_attention_layernorm"], None),
-    "gate_up": (["mlp.gate_proj", "mlp.up_proj"], 0),
-    "down": (["mlp.down_proj"], 1),
+    "attention_norm": ["input_layernorm"],
+    "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "o": ["self_attn.o_proj"],
+    "mlp_norm": ["post_attention_layernorm"],
+    "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "down": ["mlp.down_proj"],
 }
 LOADERS = 4                   # matrices that are in the making at once, at most; also in memory.py
 FLOATS = {                    # safetensors' dtypes, and their bytes; fp8 would need its scales
@@ -214,10 +213,14 @@ FLOATS = {                    # safetensors' dtypes, and their bytes; fp8 would 
 }
 
 
-class Share(NamedTuple):
-    """The part of every layer that one of several processes holds; see extras/parallel.py."""
-    rank: int = 0
-    count: int = 1
+class Whole:
+    """What one process holds of a model: all. Of several, each holds a part: extras/shares.py."""
+
+    def config(self, config: Config) -> Config:
+        return config
+
+    def of_tensor(self, config: Config, name: str) -> slice:
+        return slice(None)
 
 
 class Part(NamedTuple):
@@ -225,7 +228,6 @@ class Part(NamedTuple):
     module: str               # "layers.3.qkv"
     names: list[str]          # "model.layers.3.self_attn.q_proj.weight", ...
     rows: list[int]           # of each
-    shared: int | None = None            # see LAYER_PARTS
 
 
 class Stored(NamedTuple):
@@ -257,9 +259,9 @@ def parts(model: Llama) -> list[Part]:
         "down": [c.hidden_size],
     }
     for i in range(c.num_hidden_layers):
-        for module, (names, shared) in LAYER_PARTS.items():
+        for module, names in LAYER_PARTS.items():
             names = [f"model.layers.{i}.{name}.weight" for name in names]
-            found.append(Part(f"layers.{i}.{module}", names, rows[module], shared))
+            found.append(Part(f"layers.{i}.{module}", names, rows[module]))
     return found
 
 
@@ -300,7 +302,7 @@ def load_model(
     device="cpu",
     dtype=torch.float32,
     form: Callable[[nn.Module], nn.Module] = unchanged,
-    share: Share = Share(),
+    share=Whole(),
 ) -> Llama:
     """The model of a Hugging Face folder, on a device and in a dtype, ready for inference.
 
@@ -314,13 +316,13 @@ def load_model(
     """
     config, stored = read_headers(folder)
     with torch.device("meta"):                                       # no memory yet
-        model = Llama(config.shared_by(share.count))
+        model = Llama(share.config(config))
 
     def load(part: Part):
         module = model.get_submodule(part.module)
         weight = torch.empty(module.weight.shape, dtype=dtype, device=device)
         for name, place in zip(part.names, weight.split(part.rows)):
-            read_into(place, name, stored[name], part.shared, share)
+            read_into(place, stored[name].path, name, share.of_tensor(config, name))
         module.weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(module, nn.Linear):
             model.set_submodule(part.module, form(module))
@@ -348,23 +350,14 @@ def side_by_side(work: Callable, items: list):
         threads.shutdown(cancel_futures=True)
 
 
-def read_into(place: Tensor, name: str, tensor: Stored, shared: int | None, share: Share):
-    """Copy a tensor; or if it is shared along a dimension, as much as the place has.
+def read_into(place: Tensor, path: Path, name: str, part):
+    """Copy a tensor from a file, or a part of it: an index.
 
-    Where there are more processes than key-value heads, several read the same head.
     The file is opened for each tensor, so that what is mapped of it does not count as used memory
     for long.
     """
-    with opened(tensor.path) as tensors:
-        source = tensors.get_slice(name)
-        if shared is None:
-            place.copy_(source[:])
-            return
-        size = place.shape[shared]
-        before = share.rank * tensor.shape[shared] // share.count
-        start = before // size * size
-        ours = slice(start, start + size)
-        place.copy_(source[ours] if shared == 0 else source[:, ours])
+    with opened(path) as tensors:
+        place.copy_(tensors.get_slice(name)[part])
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -29,7 +29,6 @@ import torch
 
 from checkpoint import (
     BUNDLED,
-    Share,
     Tokenizer,
     find_folder,
     load_model,
@@ -48,8 +47,8 @@ from extras.parallel import (
     as_one_of_several,
     join_layers,
     my_place,
-    require_divisible,
 )
+from extras.shares import Share, require_shareable
 from extras.trace import Traced, page, record
 from extras.worth import SHAPE
 from model import KVCache, Llama, ModelError
@@ -230,7 +229,7 @@ def require_room(args: argparse.Namespace, folder: Path, device, dtype, prompt: 
     """Refuse what processes cannot share or the device cannot hold, before gigabytes are read."""
     place = my_place()
     config, stored = read_headers(folder)
-    require_divisible(config, place.count)
+    require_shareable(config, place.count)
     tokens = min(len(prompt) + args.max_new_tokens, config.max_position_embeddings)
     widest = max(tensor.weight_bytes for tensor in stored.values() if len(tensor.shape) == 2)
     plan = Plan(config, device, dtype, tokens, args.weights, place.count, widest)

@@ -16,7 +16,7 @@ Shapes: ``batch`` is 1 except in training; ``rows`` are tokens, or the DP's cand
 are the places of the cache.
 """
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -52,24 +52,6 @@ class Config:
         """Numbers in the matrices of one layer: q and o, k and v, and the three of the MLP."""
         heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
         return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
-
-    def can_be_shared_by(self, count: int) -> bool:
-        """By so many processes, each with as many heads, and as much of each MLP?
-
-        Key-value heads are shared too; or if they are fewer, several processes have the same.
-        """
-        kv_heads = self.num_key_value_heads
-        kv_heads_fit = kv_heads % count == 0 or count % kv_heads == 0
-        return kv_heads_fit and (self.num_attention_heads % count == 0
-                                 and self.intermediate_size % count == 0)
-
-    def shared_by(self, count: int) -> "Config":
-        """What each of ``count`` processes has of the model; see extras/parallel.py."""
-        return replace(
-            self,
-            num_attention_heads=self.num_attention_heads // count,
-            num_key_value_heads=max(1, self.num_key_value_heads // count),
-            intermediate_size=self.intermediate_size // count)
 
 
 def inverse_frequencies(config: Config) -> Tensor:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from extras.packed import is_x86
+from extras.shares import Share, can_share
 from model import BLOCK, Config, whole_blocks
 from speculative import PREFILL_ROWS, require
 
@@ -48,8 +49,8 @@ class Plan(NamedTuple):
 
     @property
     def share(self) -> Config:
-        """What one process has of the model."""
-        return self.config.shared_by(self.processes)
+        """What the last process has of the model; none has more."""
+        return Share(self.processes - 1, self.processes).config(self.config)
 
     @property
     def weight_bytes(self) -> int:
@@ -173,7 +174,7 @@ def alternatives(plan: Plan, free: int, prompt: int) -> list[str]:
     if plan.device.type == "cuda":
         for count in range(plan.processes + 1, ALTERNATIVES + 1):
             each = plan._replace(processes=count)
-            if plan.config.can_be_shared_by(count) and needed(each).total <= free:
+            if can_share(plan.config, count) and needed(each).total <= free:
                 found.append(f"torchrun --nproc-per-node {count} ({gb(needed(each).total)} on each "
                              "of as many devices)")
                 break

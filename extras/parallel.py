@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 generate.py --model ...
 
-Tensor parallelism: every rank has, of every layer, some of the heads and some of the MLP's width.
-All ranks run the same program on the same text, and hold the same hidden state x:
+Tensor parallelism: every rank has, of every layer, some of the heads and some of the MLP's width
+(shares.py). All ranks run the same program on the same text, and hold the same hidden state x:
 
     x + sum over ranks of  o(attention of its heads of x)
     x + sum over ranks of  down(silu(gate) * up of its columns of x)
@@ -32,8 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from model import Config, Llama
-from speculative import require
+from model import Llama
 
 PATIENCE = 2.0                # seconds in which rank 0 may say what went wrong, before others do
 
@@ -55,14 +54,6 @@ def my_place() -> Place:
     if "MASTER_ADDR" in os.environ and all(name in os.environ for name in names):
         return Place(*(int(os.environ[name]) for name in names))
     return Place(0, 1, 0, 1)
-
-
-def require_divisible(config: Config, count: int):
-    works = [n for n in range(1, config.num_attention_heads + 1) if config.can_be_shared_by(n)]
-    require(count in works,
-            f"{count} processes cannot share {config.num_attention_heads} heads, "
-            f"{config.num_key_value_heads} key-value heads and MLPs {config.intermediate_size} "
-            f"wide: --nproc-per-node may be {', '.join(map(str, works))}")
 
 
 # ---------------------------------------------------------------------------- the model

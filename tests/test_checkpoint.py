@@ -23,7 +23,6 @@ import checkpoint
 from checkpoint import (
     BROKEN,
     BUNDLED,
-    Share,
     Tokenizer,
     find_folder,
     load_model,
@@ -181,36 +180,6 @@ class Scaled(torch.nn.Module):
 
     def forward(self, x):
         return 2 * torch.nn.functional.linear(x, self.linear.weight)
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_each_of_several_processes_holds_a_share_of_every_layer(folder, count):
-    """Of a layer's matrices together the whole, and each rank's heads are those that it rotates."""
-    whole = named_weights(load_model(folder))
-    shares = [named_weights(load_model(folder, share=Share(i, count))) for i in range(count)]
-    for name, weight in whole.items():
-        pieces = [share[name] for share in shares]
-        if ".self_attn." in name or ".mlp." in name:
-            dim = 1 if ("o_proj" in name or "down_proj" in name) else 0
-            assert torch.equal(torch.cat(pieces, dim), weight)
-            assert len({piece.shape for piece in pieces}) == 1
-        else:
-            assert all(torch.equal(piece, weight) for piece in pieces)
-
-
-def test_a_process_reads_its_share_of_the_layers_and_no_more(folder, monkeypatch):
-    """But for the norms, which are small and whole everywhere, as embedding and head are."""
-    read = {}
-
-    def note(place, name, tensor, shared, share):
-        read[share.rank] = read.get(share.rank, 0) + (place.numel() if shared is not None else 0)
-
-    monkeypatch.setattr("checkpoint.read_into", note)
-    for rank in range(2):
-        load_model(folder, share=Share(rank, 2))
-    config = read_config(folder)
-    half = config.num_hidden_layers * config.layer_weights // 2
-    assert read == {0: half, 1: half}
 
 
 def test_nothing_is_read_of_files_that_do_not_fit(folder, monkeypatch):

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from conftest import DEVICE, REAL, ROOT, same_bits, tokens_of
 from folders import small_folder
 from safetensors.torch import load_file, save_file
 
-from checkpoint import BUNDLED, Share, load_model, read_config
+from checkpoint import BUNDLED, load_model
 from extras.auto import Auto
 from extras.exact import exact_width
 from extras.packed import choose_form, pack
@@ -30,10 +29,10 @@ from extras.parallel import (
     all_reduced,
     join_layers,
     my_place,
-    require_divisible,
     shared_clock,
 )
-from speculative import SettingsError, Stats, autoregressive, clasp, decode
+from extras.shares import Share
+from speculative import Stats, autoregressive, clasp, decode
 
 pytestmark = pytest.mark.skipif(
     DEVICE != "cpu" or not dist.is_gloo_available(), reason="processes on the CPU")
@@ -111,7 +110,7 @@ def test_what_rank_0_reads_all_ranks_read(tmp_path):
         assert "".join(lines) == text
 
 
-# ---------------------------------------------------------------- who can share a model
+# ---------------------------------------------------------------- who is one of several
 
 def test_only_what_torchrun_sets_all_of_makes_several_processes(monkeypatch):
     """Cluster scripts export some of it."""
@@ -123,26 +122,6 @@ def test_only_what_torchrun_sets_all_of_makes_several_processes(monkeypatch):
         assert my_place().is_alone
         monkeypatch.setenv(name, value)
     assert my_place() == (1, 3, 1, 3)
-
-
-@pytest.mark.parametrize("heads, kv_heads, width, counts", [
-    (32, 8, 14336, [1, 2, 4, 8, 16, 32]),                          # LLaMA-3-8B
-    (9, 3, 1536, [1, 3]),
-    (3, 1, 384, [1, 3]),                                           # the bundled model
-    (8, 4, 50, [1, 2]),
-])
-def test_processes_share_heads_and_width_evenly(heads, kv_heads, width, counts):
-    config = replace(
-        read_config(BUNDLED), num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=width)
-    for count in range(1, 33):
-        assert config.can_be_shared_by(count) == (count in counts)
-    for count in counts:
-        share = config.shared_by(count)
-        assert share.num_attention_heads * count == heads
-        assert share.num_attention_heads % share.num_key_value_heads == 0
-    with pytest.raises(SettingsError, match=", ".join(map(str, counts))):
-        require_divisible(config, 7)
 
 
 # ---------------------------------------------------------------- texts
@@ -197,6 +176,7 @@ def four_by_four(tmp_path_factory) -> Path:
 CASES = [
     pytest.param("random", 2, 2, 16, id="random on 2"),
     pytest.param("random", 4, 2, 16, id="random on 4", marks=pytest.mark.thorough),
+    pytest.param(BUNDLED, 2, 1, 24, id="bundled on 2", marks=pytest.mark.thorough),
     pytest.param(BUNDLED, 3, 1, 24, id="bundled on 3", marks=pytest.mark.thorough),
     pytest.param(REAL, 3, 1, 8, id="real on 3",
                  marks=[pytest.mark.thorough, pytest.mark.skipif(not REAL, reason="none given")]),
@@ -268,7 +248,7 @@ def test_the_program_writes_one_text_and_one_report():
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("count, arguments, word", [
-    (2, [], "2 processes cannot share 3 heads"),
+    (4, [], "4 processes cannot share 3 heads"),
     (3, ["--temperature", "-1"], "temperature"),
     (3, ["--nonsense"], "nonsense"),
     (3, ["--model", "/nonexistent"], "nonexistent"),
