@@ -488,13 +488,20 @@ class Tokenizer:
         """
         turns = [prompt] if isinstance(prompt, str) else prompt
         if chat:
-            return self.library.encode(self.render(turns), add_special_tokens=False).ids
+            return self.ids_of(self.render(turns), False)
         add_begin = self.config.get("add_bos_token")   # unset: tokenizer.json's own rule holds
-        ids = self.library.encode(" ".join(turns), add_special_tokens=add_begin is not False).ids
+        ids = self.ids_of(" ".join(turns), add_begin is not False)
         begin = self.library.token_to_id(self.special.get("bos_token", ""))
         if add_begin and begin is not None and ids[:1] != [begin]:
             ids = [begin, *ids]
         return ids
+
+    def ids_of(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self.library.encode(text, add_special_tokens=add_special_tokens).ids
+        except Exception as error:                     # the library raises bare Exception
+            raise ModelError(f"{self.folder / 'tokenizer.json'}: cannot encode the text "
+                             f"({error})") from None
 
     def decode(self, ids: list[int]) -> str:
         """The text of tokens, special ones left out."""
@@ -531,7 +538,7 @@ class Tokenizer:
     def is_text_of(self, ids: list[int], text: str) -> bool:
         """Does a text make these tokens, but for special ones?"""
         ordinary = [i for i in ids if i not in self.special_ids]
-        return self.library.encode(text, add_special_tokens=False).ids == ordinary
+        return self.ids_of(text, False) == ordinary
 
     def is_undecided(self, token: int) -> bool:
         """Is it a byte such as <0xE6>, of LLaMA 1 and 2? Or special: bytes join across those."""

@@ -230,7 +230,8 @@ def require_room(args: argparse.Namespace, folder: Path, device, dtype, prompt: 
     place = my_place()
     config, stored = read_headers(folder)
     require_shareable(config, place.count)
-    tokens = min(len(prompt) + args.max_new_tokens, config.max_position_embeddings)
+    new_tokens = max(args.max_new_tokens, 1)            # fewer are refused later
+    tokens = min(len(prompt) + new_tokens, config.max_position_embeddings)
     widest = max(tensor.weight_bytes for tensor in stored.values() if len(tensor.shape) == 2)
     plan = Plan(config, device, dtype, tokens, args.weights, place.count, widest)
     require_fits(plan, len(prompt), place.local_count if device.type == "cpu" else 1)

@@ -451,12 +451,12 @@ class Clasp(SkippingDrafter):
         self.opt_interval = opt_interval
         self.opt_tokens = opt_tokens
         self.scratch = self.budget * opt_tokens
-        self.recent = deque(maxlen=opt_tokens)     # states (L+1, n, hidden), of a cycle each
         require(0 <= self.budget < layers,
                 f"the skipped layers must be fewer than the model's {layers}, and at least 0")
         require(opt_interval >= 1, "the optimisation interval must be at least 1")
         require(1 <= opt_tokens <= KEPT_STATES,
                 f"the tokens that layers are chosen by must lie between 1 and {KEPT_STATES}")
+        self.recent = deque(maxlen=opt_tokens)     # states (L+1, n, hidden), of a cycle each
         super().__init__(draft_length, exit_threshold)
 
     def begin(self, text: Text, hidden: Tensor | None):

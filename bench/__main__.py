@@ -81,7 +81,8 @@ def words(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[float]:
-    return [float(number) for number in text.split(",")]
+    """Each once."""
+    return list(dict.fromkeys(float(number) for number in text.split(",")))
 
 
 def require_sensible(args: argparse.Namespace):

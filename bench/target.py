@@ -16,7 +16,7 @@ from checkpoint import (
 )
 from extras.cuda_graphs import GraphedLlama
 from extras.exact import exact_width
-from extras.packed import bytes_read, choose_threads, pack
+from extras.packed import bytes_read, choose_threads, pack, put_into
 from generate import Parser, choose_device, form_of_weights
 from model import Config, Llama
 from speculative import (
@@ -66,6 +66,7 @@ class Target:
     settings: dict                      # of ``speculative.Clasp``
     bytes_read: int = 0                 # of weights, for one token
     fingerprint: float = 0.0            # of the weights: results belong to one model
+    weights: str | None = None          # "int8"; None: as they come
 
     def __post_init__(self):
         Clasp(self.model, **self.settings)                # refuses what is out of range
@@ -96,14 +97,15 @@ class Target:
 
     @property
     def where(self) -> str:
-        """Machine, dtype and PyTorch, for the head of a table."""
+        """Machine, dtypes and PyTorch, for the head of a table."""
         if self.model.device.type == "cuda":
             machine = torch.cuda.get_device_name(self.model.device)
         else:
             kind = torch.backends.cpu.get_cpu_capability()
             machine = f"{torch.get_num_threads()} threads of a CPU with {kind}"
         dtype = str(self.model.embed.weight.dtype).removeprefix("torch.")
-        return f"{machine}, {dtype}, torch {torch.__version__}"
+        weights = f" with weights in {self.weights}" if self.weights else ""
+        return f"{machine}, {dtype}{weights}, torch {torch.__version__}"
 
     def encode(self, turns: list[str]) -> list[int]:
         """Token ids of a conversation, in the model's chat template if it has one."""
@@ -159,6 +161,7 @@ def load_target(args: argparse.Namespace) -> Target:
         folder = None
         tokenizer = None
         model = synthetic(SHAPES[args.synthetic], args.residual, device, dtype)
+        put_into(model, form)
         name = (f"{args.synthetic} with RANDOM WEIGHTS (residual {args.residual}; the text is "
                 "noise)")
     else:
@@ -170,10 +173,17 @@ def load_target(args: argparse.Namespace) -> Target:
     choose_threads(model)
     settings = clasp_settings(len(model.layers), suggested_settings(folder), args)
     read = bytes_read(model)
-    fingerprint = model.embed.weight[::97].double().sum().item()
+    fingerprint = fingerprint_of(model)
     if args.cuda_graphs:
         model = GraphedLlama(model)
-    return Target(name, model, tokenizer, settings, read, fingerprint)
+    return Target(name, model, tokenizer, settings, read, fingerprint, args.weights)
+
+
+@torch.inference_mode()
+def fingerprint_of(model: Llama) -> float:
+    """A number that all weights have a part in, whatever form they are kept in."""
+    tokens = torch.arange(min(8, model.config.vocab_size), device=model.device).unsqueeze(0)
+    return model.logits(model(tokens)[-1]).double().abs().sum().item()
 
 
 def clasp_settings(layers: int, suggested: dict, args) -> dict:

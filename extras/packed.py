@@ -48,15 +48,20 @@ def pack(model: Llama) -> Llama:
         attend_by(model, choose(model))
     if not is_x86(device):
         return model
-    form = choose_form(device, model.embed.weight.dtype)
+    put_into(model, choose_form(device, model.embed.weight.dtype))
+    for layer in model.layers:
+        layer.attention_norm = QuickNorm(layer.attention_norm)
+        layer.mlp_norm = QuickNorm(layer.mlp_norm)
+    return model
+
+
+def put_into(model: Llama, form: Callable[[nn.Module], nn.Module]):
+    """Exchange each matrix of a model for its form, also a tied head."""
     for layer in model.layers:
         for name in MATRICES:
             setattr(layer, name, form(getattr(layer, name)))
-        layer.attention_norm = QuickNorm(layer.attention_norm)
-        layer.mlp_norm = QuickNorm(layer.mlp_norm)
     head = form(model.head or model.embed)
     model.head = head if head is not model.embed else None
-    return model
 
 
 def is_x86(device: torch.device) -> bool:

@@ -28,11 +28,13 @@ from bench.methods import (
 )
 from bench.prompts import PROMPTS, read_questions
 from bench.race import Plan, Prompt, interleave, race, run
-from bench.results import Results
+from bench.results import Results, header_of
 from bench.search import Swift, self_sd
 from bench.table import summary
-from bench.target import SHAPES, Target, load_target
+from bench.target import SHAPES, Target, fingerprint_of, load_target
 from extras.cuda_graphs import GraphedLlama
+from extras.int8 import Int8Linear
+from extras.packed import MATRICES
 from model import Config
 from speculative import Clasp, FixedSet, SettingsError
 
@@ -376,6 +378,33 @@ def test_a_synthetic_model_runs_and_says_so(tmp_path, capsys, monkeypatch):
     target = load_target(program.arguments([*argv, "--residual", "0"]))
     stats, _ = run(target, clasp(target, skip_layers=2), [1, 2, 3], 40)
     assert stats.accepted == stats.drafted > 0
+
+
+@pytest.mark.parametrize("options", [[], ["--synthetic", "llama3.2-1b"]], ids=str)
+def test_weights_in_eight_bits_are_so_and_another_run(options, monkeypatch):
+    """Also random ones; and their results never go on with those of other weights."""
+    monkeypatch.setitem(SHAPES, "llama3.2-1b", SHAPES["tiny"])
+    argv = ["--device", DEVICE, "--dtype", "bfloat16", *options]
+    wide = load_target(program.arguments(argv))
+    narrow = load_target(program.arguments([*argv, "--weights", "int8"]))
+    assert narrow.bytes_read < wide.bytes_read
+    matrices = [narrow.model.head, *(getattr(narrow.model.layers[1], name) for name in MATRICES)]
+    assert all(isinstance(matrix, Int8Linear) for matrix in matrices)
+    assert "int8" in narrow.where
+    args = program.arguments(argv)
+    assert header_of(wide, args, []) != header_of(narrow, args, [])
+
+
+def test_a_temperature_that_is_given_twice_counts_once():
+    assert program.arguments(["--temperatures", "0,1,1.0,-0"]).temperatures == [0, 1]
+
+
+def test_the_fingerprint_sees_every_layer():
+    model = random_model()
+    before = fingerprint_of(model)
+    assert fingerprint_of(random_model()) == before
+    model.layers[-1].down.weight.mul_(1.01)
+    assert fingerprint_of(model) != before
 
 
 def test_settings_are_as_typed_else_as_the_model_suggests_else_the_default():

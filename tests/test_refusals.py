@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT
 from folders import edit_weights, set_fields, small_folder
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 
 import generate
 from checkpoint import BUNDLED, read_config
@@ -56,6 +57,8 @@ BAD_FLAGS = [
     (["--draft-exit-threshold", "2"], "threshold"),
     (["--opt-interval", "0"], "interval"),
     (["--opt-tokens", "0"], "between 1 and 64"),
+    (["--opt-tokens", "-1"], "between 1 and 64"),
+    (["--opt-tokens", "9" * 30], "between 1 and 64"),
     (["--skip-layers", "auto", "--opt-tokens", "3"], "leave the others out"),
     (["--temperature", "-1"], "temperature"),
     (["--temperature", "1e-40"], "temperature"),
@@ -66,6 +69,7 @@ BAD_FLAGS = [
     (["--seed", "-1"], "seed"),
     (["--seed", str(2 ** 64)], "seed"),
     (["--max-new-tokens", "0"], "at least 1"),
+    (["--max-new-tokens", "-100000"], "at least 1"),
     (["--max-new-tokens", "many"], "invalid int"),
     (["--max-new-tokens", "9" * 400], "context of"),
     (["--max-new-tokens", CONTEXT], "context of"),
@@ -184,6 +188,12 @@ def outside(path: str):
     return damage
 
 
+def few_words(folder):
+    """A damage: a tokenizer that knows one word, and no token for others."""
+    library = Tokenizer(models.WordLevel({"once": 0}))
+    library.save(str(folder / "tokenizer.json"))
+
+
 def an_extra_tensor(folder):
     edit_weights(folder, extra=torch.ones(1))
 
@@ -230,6 +240,7 @@ DAMAGE = {
     "tokenizer.json is a pipe": (a_pipe("tokenizer.json"), "tokenizer.json"),
     "tokenizer.json is damaged": (content("tokenizer.json", b"{}"), "tokenizer.json"),
     "tokenizer.json is nested deeply": (content("tokenizer.json", DEEP), "tokenizer.json"),
+    "a tokenizer without a token for unknown words": (few_words, "cannot encode the text"),
     "tokenizer_config.json is nested deeply": (
         content("tokenizer_config.json", DEEP), "not readable as JSON"),
     "eos_token_id is no id": (
