@@ -393,7 +393,8 @@ def main() -> int:
     if args.json:
         print(json.dumps(as_gradescope(results, seconds, notes, board), indent=2))
     else:
-        print(as_text(results, notes, board))
+        text = as_text(results, notes, board)
+        print(text.encode(errors="backslashreplace").decode())       # students' errors may say all
     return 0
 
 

@@ -55,9 +55,9 @@ INSIDE = {                                             # modules, as attributes 
 }
 REFUSED = (set(sys.stdlib_module_names) | INSIDE) - HARMLESS | set("""
     ABC ABCMeta Enum EnumMeta EnumType UserDict UserList UserString apply_ cached_property compile
-    data_ptr format format_map from_buffer from_file frombuffer import_ir_module load map2_ map_ mro
-    numpy partialmethod save set_ share_memory_ singledispatch singledispatchmethod storage tofile
-    total_ordering typename untyped_storage update_wrapper wraps
+    data_ptr format format_map from_buffer from_file frombuffer get_device_module import_ir_module
+    load map2_ map_ mp mro numpy partialmethod save set_ share_memory_ singledispatch
+    singledispatchmethod storage tofile total_ordering typename untyped_storage update_wrapper wraps
 """.split())
 HIDDEN = re.compile(r"_\w+|(f|tb|gi|cr|ag|co|func|register|set_default|sparse)_\w+")
 OF_TUPLES = {"_replace", "_asdict"}                    # of a NamedTuple, and not hidden
@@ -217,7 +217,11 @@ def parsed(file: Path) -> tuple[ast.Module, str]:
     try:
         if file.is_symlink() or file.stat().st_size > LARGEST_FILE:
             return ast.Module([], []), f"{file.name} is a link, or too large"
-        return ast.fix_missing_locations(ast.parse(file.read_text())), ""     # not too deep?
+        if not file.is_file():                         # reading a pipe would wait for ever
+            return ast.Module([], []), f"{file.name} is not a file"
+        tree = ast.fix_missing_locations(ast.parse(file.read_bytes()))
+        ast.dump(tree)                                 # not too deep?
+        return tree, ""
     except OSError:
         trouble = f"there is no {file.name}"
     except SyntaxError as error:

@@ -392,6 +392,8 @@ REFUSED = [                   # statements, and what is said of them
     ("try: 1\nfinally: pass", "finally"),
     ("import torch.nn.functional as F\nF.np.f2py", ".np"),
     ("torch.sparse_coo_tensor", ".sparse_coo_tensor"),
+    ("torch.get_device_module('cpu')", ".get_device_module"),
+    ("x.tunable.mp", ".mp"),
     ("try: 1\nexcept: pass", "an except without the name of one error"),
     ("try: 1\nexcept Exception: pass", "an except without the name of one error"),
     ("from model import *", "import *"),
@@ -482,6 +484,32 @@ raise SystemExit(1)
     for what in ("cosines is not assigned", "the module os", "TWICE", "Selection.more is new"):
         assert what in said
     assert len(notes) == 4
+
+
+def test_a_file_may_begin_with_a_byte_order_mark_or_name_its_coding(tmp_path):
+    path = tmp_path / "model.py"
+    for data in (b"\xef\xbb\xbfx = 1", b"# -*- coding: latin-1 -*-\nx = '\xe9'"):
+        path.write_bytes(data)
+        tree, trouble = taken.parsed(path)
+        assert tree.body and not trouble
+
+
+def test_a_file_that_is_none_or_too_deep_is_said_to_be(tmp_path):
+    path = tmp_path / "model.py"
+    path.write_text("if x:\n    y\n" + "elif x:\n    y\n" * 3000)
+    assert "does not load, RecursionError" in taken.parsed(path)[1]
+    path.unlink()
+    os.mkfifo(path)
+    assert taken.parsed(path)[1] == "model.py is not a file"
+
+
+@pytest.mark.thorough
+def test_errors_that_no_terminal_can_show_are_shown(solved):
+    misbehave(solved, "dp_skip.distances", "raise ValueError('\\ud800')")
+    done = subprocess.run([sys.executable, str(solved / "grade.py"), "--problems", "3"],
+                          capture_output=True, text=True, cwd=solved)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert r"ValueError: \ud800" in done.stdout
 
 
 def test_a_file_that_is_missing_damaged_or_a_link_costs_its_functions_only(solved):
