@@ -21,6 +21,7 @@ from speculative import full_pass, prefill
 # What exact_width found, by model and then by (rows, slots in a block, threads).
 KNOWN_WIDTHS = weakref.WeakKeyDictionary()
 LONG = (1024, 4096)           # slots from which on attention has another form (attention.py)
+VECTOR = 8                    # numbers that a kernel takes at once
 TRIED = 8                     # widths that are tried before giving up
 ATTENTION_TRIALS = 16         # random queries for each of the trials below
 TRIALS = 6                    # random rows and caches in float32
@@ -32,7 +33,12 @@ def exact_width(model: Llama, rows: int) -> int | None:
 
     A kernel may take the last rows differently from the first: MKL's for AVX2 take 7 as 6 + 1. So
     the machine is asked. None: no width fits, as with some odd sizes.
+
+    Kernels read heads in vectors, and take what is left over otherwise, for some rows: too rarely
+    for trials to see. So heads of other sizes than multiples of a vector's have no width.
     """
+    if model.config.head_dim % VECTOR:
+        return None
     known = KNOWN_WIDTHS.setdefault(model, {})
     key = (rows, BLOCK, torch.get_num_threads())
     if key not in known:

@@ -562,6 +562,13 @@ def test_mistakes_of_the_tools_are_one_line(name, argv, word):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("positions", [("3",), ("20", "100000")])
+def test_places_outside_the_text_are_refused(positions):
+    done = run_tool("verify.py", "slice", "--positions", *positions)
+    assert done.returncode == 2
+    assert "the text's end" in done.stderr
+
+
 # ---------------------------------------------------------------- what is to be run on a GPU
 
 needs_no_gpu = pytest.mark.skipif(DEVICE != "cpu", reason="there it runs for good")

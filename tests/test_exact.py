@@ -3,6 +3,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,12 @@ def test_where_no_width_is_even_there_is_none(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", uneven)
     assert exact_width(random_model(), 5) is None
+
+
+def test_where_heads_are_no_whole_vectors_there_is_none():
+    model = random_model()
+    model.config = replace(model.config, head_dim=10)
+    assert exact_width(model, 5) is None
 
 
 def test_a_width_is_looked_for_once(monkeypatch):

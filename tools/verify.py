@@ -158,11 +158,11 @@ def time_dp(setup: Setup, text: list[int]):
     budget = len(model.layers) // 2
     start = 200
     rows = setup.draft_length + 1
-    cache = KVCache(model, 300)
+    cache = KVCache(model, start + rows, budget)
     hidden = prefill(model, cache, text[:start])[:, -1]
 
     def full_pass(count: int):
-        tokens = as_row(model, text[start:start + count])
+        tokens = as_row(model, text[:count])           # any: their time does not depend on it
         model.logits(model(tokens, cache)[-1]).argmax(-1).tolist()
         cache.length = start
 
@@ -184,18 +184,21 @@ def time_dp(setup: Setup, text: list[int]):
 @torch.inference_mode()
 def slice_(setup: Setup):
     """Layers 10 .. 19 searched, the others always run, as the paper does for its Fig. 3b."""
+    tokens = setup.encode(" ".join(HELD_OUT))
+    places = setup.args.positions
+    require(max(DP_TOKENS) <= min(places) and max(places) <= len(tokens),
+            f"--positions of slice lie between {max(DP_TOKENS)} and {len(tokens)}, the text's end")
     for count in DP_TOKENS:
-        slice_over(setup, count)
+        slice_over(setup, tokens, count)
 
 
-def slice_over(setup: Setup, count: int):
+def slice_over(setup: Setup, tokens: list[int], count: int):
     """By the states of so many tokens: cosines are means over them."""
     first = 10
     size = 10
     model = setup.model
     require(len(model.layers) >= first + size,
             f"slice needs a model of at least {first + size} layers")
-    tokens = setup.encode(" ".join(HELD_OUT[:6]))
     found = []
     for position in setup.args.positions:
         cache = KVCache(model, position, ROWS * count)
