@@ -148,6 +148,7 @@ def first_turns(questions: list[Question]) -> list[Question]:
 
 def make_steps(target: Target, args, questions: list[Question]) -> str:
     prompt = target.encode(questions[-1].turns[:1])
+    require(prompt, "the prompt is empty")
     seconds = steps.step_seconds(target, prompt, max(args.repeat, STEP_REPEATS))
     rivals = steps.rival_seconds(target, prompt[:steps.START], max(args.repeat, RIVAL_REPEATS))
     rate = steps.read_rate(target.model.device, RIVAL_REPEATS)

@@ -41,15 +41,15 @@ OUTER_NAMES = {
 
 # ---------------------------------------------------------------------------- writing GGUF
 
-def write_gguf(path: Path, model: Path, architecture="llama", extra=None):
+def write_gguf(path: Path, model: Path, architecture="llama", extra=None, **tokenizer):
     """A golden model as GGUF, with a byte-level tokenizer of 61 letters.
 
-    extra(writer): adds what the model does not have.
+    extra(writer): adds what the model does not have. tokenizer: see add_tokenizer.
     """
     config = json.loads((model / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)
     add_config(writer, config)
-    add_tokenizer(writer)
+    add_tokenizer(writer, **tokenizer)
     for name, weight in load_file(model / "model.safetensors").items():
         writer.add_tensor(gguf_name(name), interleaved(name, weight, config).numpy())
     if extra is not None:
@@ -72,14 +72,14 @@ def add_config(writer, config: dict):
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
 
 
-def add_tokenizer(writer):
+def add_tokenizer(writer, merges=("A B", "AB C"), eos=0):
     letters = [chr(ord("A") + i) for i in range(58)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(["<end>", *letters, "AB", "ABC"])
-    writer.add_token_merges(["A B", "AB C"])
+    writer.add_token_merges(merges)
     writer.add_token_types([CONTROL] + [1] * 60)
-    writer.add_eos_token_id(0)
+    writer.add_eos_token_id(eos)
 
 
 def gguf_name(name: str) -> str:
@@ -226,7 +226,22 @@ def a_bias(path: Path):
     write_gguf(path, GOLDEN / "gqa-untied", extra=extra)
 
 
+def an_unknown_merge(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", merges=["A B", "X1 X2"])
+
+
+def a_merge_of_one(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", merges=["AB"])
+
+
+def an_end_that_is_no_token(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", eos=61)
+
+
 @pytest.mark.parametrize("make, word", [
+    (an_unknown_merge, "tokenizer is damaged"),
+    (a_merge_of_one, "tokenizer is damaged"),
+    (an_end_that_is_no_token, "tokenizer is damaged"),
     (garbage, "cannot be read"),
     (nothing, "cannot be read"),
     (another_architecture, "gemma"),

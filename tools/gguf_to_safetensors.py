@@ -384,12 +384,17 @@ def main():
         refuse(f"the architecture is {architecture!r}, not 'llama'")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = read_config(field, tensors) | {"dtype": args.dtype}
-    tokenizer = read_tokenizer(field)
+    try:
+        tokenizer = read_tokenizer(field)
+        its_config = tokenizer_config(field, config)
+    except Exception as error:                         # the library raises bare Exception
+        reason = " ".join(str(error).split())          # one line
+        refuse(f"{args.gguf}: its tokenizer is damaged ({reason})")
     names = {name: hugging_face_name(name) for name in tensors if name != "rope_freqs.weight"}
     json_files = {
         "config.json": config,
         "generation_config.json": generation_config(field),
-        "tokenizer_config.json": tokenizer_config(field, config),
+        "tokenizer_config.json": its_config,
     }
     dtype = getattr(torch, args.dtype)
 
