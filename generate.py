@@ -286,8 +286,8 @@ class Decoder:
     def drafts_by(self) -> str:
         """Who drafts: "layers", "lookup" or "auto"."""
         asked_for = "auto" if self.args.skip_layers == "auto" else self.args.drafter
-        by_hand = self.settings.keys() - {"draft_length"}
-        return asked_for or ("layers" if by_hand else "auto")
+        of_layers = self.typed.keys() - {"draft_length"}
+        return asked_for or ("layers" if of_layers else "auto")
 
     @property
     def draft_length(self) -> int:
@@ -308,8 +308,15 @@ class Decoder:
             return Lookup(self.draft_length)
         # When sampling, costs by the model's shape, not by the clock: a seed then fixes the text.
         costs = SHAPE if args.temperature > 0 else None
-        layers_pay = bool(suggested_settings(self.folder))
-        return Auto(self.model, self.draft_length, costs, layers_pay)
+        return Auto(self.model, self.draft_length, costs, self.suggested_clasp())
+
+    def suggested_clasp(self) -> Clasp | None:
+        """With the settings that the model suggests for its layers, if it does."""
+        suggested = suggested_settings(self.folder)
+        if not suggested.keys() - {"draft_length"}:
+            return None
+        longest = min(suggested.get("draft_length", DRAFT_LENGTH), self.draft_length)
+        return Clasp(self.model, **suggested | {"draft_length": longest})
 
     @cached_property
     def exact_width(self) -> int | None:
@@ -388,7 +395,7 @@ def marked(pieces: Iterator[str], stats: Stats) -> Iterator[str]:
         if stats.sources[-1] != source:
             source = stats.sources[-1]
             mark = closed
-            colour, opened, closed = SHOWN[source]
+            colour, opened, closed = SHOWN.get(source, SHOWN["layers"])     # a new drafter's
             mark += opened
         yield mark + colour + piece + PLAIN
     yield closed

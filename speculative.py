@@ -189,6 +189,8 @@ class Drafter:
     unlikely would bias what is left. Whether to draft, how, and whether to draw *another* token may
     depend on all that is known on the draft's side.
 
+    One object drafts for one text at a time, from ``begin`` to the next.
+
     scratch: slots that it wants in the cache behind the text's, as the DP does for its candidates.
     A cache that the caller gave may have fewer.
     """

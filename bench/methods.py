@@ -47,7 +47,8 @@ def clasp(target: Target, **changes) -> Method:
 
 def auto(target: Target) -> Method:
     """Without padding: it saves time, and plain steps are as fast as those it is compared with."""
-    return Method(Auto(target.model))
+    settled = Clasp(target.model, **target.settings) if target.suited else None
+    return Method(Auto(target.model, clasp=settled))
 
 
 def lookup(target: Target) -> Method:

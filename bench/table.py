@@ -44,6 +44,13 @@ class Summary:
     optimize: float
 
 
+def quartiles(values: list[float]) -> list[float]:
+    """Three, of one value or more; never outside of them."""
+    if len(values) == 1:
+        return values * 3
+    return statistics.quantiles(values, n=4, method="inclusive")
+
+
 def summary(
     lines: list[dict], method: str, temperature: float = 0.0, group: str | None = None
 ) -> Summary:
@@ -55,7 +62,7 @@ def summary(
     runs = [line for line in lines if line["key"][-1] == method]
     total = {name: sum(line[name] for line in runs) for name in ("identical", "wall", *KEPT)}
     ratios = speedups(lines, method)
-    lower, middle, upper = ratios * 3 if len(ratios) == 1 else statistics.quantiles(ratios, n=4)
+    lower, middle, upper = quartiles(ratios)
     tau = total["new_tokens"] / total["cycles"]
     g = total["drafted"] / total["cycles"]
     pass_seconds = total["verify_seconds"] / total["cycles"]

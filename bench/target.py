@@ -67,6 +67,7 @@ class Target:
     bytes_read: int = 0                 # of weights, for one token
     fingerprint: float = 0.0            # of the weights: results belong to one model
     weights: str | None = None          # "int8"; None: as they come
+    suited: bool = False                # are settings typed, or suggested by the model?
 
     def __post_init__(self):
         Clasp(self.model, **self.settings)                # refuses what is out of range
@@ -171,12 +172,13 @@ def load_target(args: argparse.Namespace) -> Target:
         name = folder.resolve().name
     pack(model)
     choose_threads(model)
-    settings = clasp_settings(len(model.layers), suggested_settings(folder), args)
+    chosen = suggested_settings(folder) | typed_settings(args)
+    settings = clasp_settings(len(model.layers), chosen)
     read = bytes_read(model)
     fingerprint = fingerprint_of(model)
     if args.cuda_graphs:
         model = GraphedLlama(model)
-    return Target(name, model, tokenizer, settings, read, fingerprint, args.weights)
+    return Target(name, model, tokenizer, settings, read, fingerprint, args.weights, bool(chosen))
 
 
 @torch.inference_mode()
@@ -186,8 +188,12 @@ def fingerprint_of(model: Llama) -> float:
     return model.logits(model(tokens)[-1]).double().abs().sum().item()
 
 
-def clasp_settings(layers: int, suggested: dict, args) -> dict:
-    """What was typed, else what the model suggests, else the paper's half and the defaults."""
+def typed_settings(args) -> dict:
+    return {name: getattr(args, name) for name in SUGGESTIBLE if getattr(args, name) is not None}
+
+
+def clasp_settings(layers: int, chosen: dict) -> dict:
+    """What is chosen, else the paper's half and the defaults."""
     settings = {
         "skip_layers": layers // 2,
         "draft_length": DRAFT_LENGTH,
@@ -195,8 +201,7 @@ def clasp_settings(layers: int, suggested: dict, args) -> dict:
         "opt_interval": OPT_INTERVAL,
         "opt_tokens": OPT_TOKENS,
     }
-    typed = {name: getattr(args, name) for name in SUGGESTIBLE if getattr(args, name) is not None}
-    return settings | suggested | typed
+    return settings | chosen
 
 
 def empty_model(config: Config, device, dtype) -> Llama:

@@ -111,20 +111,23 @@ def fold_mask(mask: Tensor | None, rows: int) -> Tensor | None:
 
 
 class FoldOnce:
-    """A form that is given a folded mask. All layers of a pass have one mask: it is folded once."""
+    """A form that is given a folded mask. All layers of a pass have one mask: it is folded once.
+
+    The two are kept as one pair, since several threads may decode with one model.
+    """
 
     def __init__(self, form: Callable):
         self.form = form
-        self.given = None
-        self.mask = None
+        self.last = (None, None)                         # a mask, and the same folded
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         if mask is None:
             return self.form(q, k, v, None)
-        if mask is not self.given:
-            self.given = mask
-            self.mask = fold_mask(mask, fold_rows(q, k).shape[2])
-        return self.form(q, k, v, self.mask)
+        given, its_fold = self.last
+        if mask is not given:
+            its_fold = fold_mask(mask, fold_rows(q, k).shape[2])
+            self.last = (mask, its_fold)
+        return self.form(q, k, v, its_fold)
 
 
 # ---------------------------------------------------------------------------- many slots

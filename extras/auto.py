@@ -16,14 +16,14 @@ Auto with fixed ``costs`` gives the same text again by the same seed.
 from torch import Tensor
 
 from extras.lookup import MOST, Lookup
-from extras.skipping import Skipping
+from extras.skipping import Settled, Skipping
 from extras.worth import Costs, best_choice
 from model import Llama
-from speculative import Draft, Drafter, Outcome, Text
+from speculative import Clasp, Draft, Drafter, Outcome, Text
 
 
 class Auto(Drafter):
-    """Decides each cycle who drafts, and how far; chooses all of CLaSp's settings itself.
+    """Decides each cycle who drafts, and how far.
 
     One object may go from text to text, and keeps what it has learned.
     """
@@ -33,15 +33,19 @@ class Auto(Drafter):
         model: Llama,
         draft_length: int = MOST,
         costs: dict[str, float] | None = None,
-        layers_pay: bool = False,
+        clasp: Clasp | None = None,
     ):
         """draft_length: most tokens of a draft. costs: fixed, see ``Costs``; None: measured.
 
-        layers_pay: is it known that the model can spare some? Of large ones it is supposed.
+        clasp: with settings that are known to suit the model; None: they are found on the way.
         """
         self.costs = Costs(model, costs)
         self.lookup = Lookup(draft_length)
-        self.skipping = Skipping(model, self.costs, draft_length, layers_pay)
+        if clasp is None:
+            self.skipping = Skipping(model, self.costs, draft_length)
+        else:
+            self.skipping = Settled(model, clasp, self.costs)
+            self.scratch = clasp.scratch
 
     def begin(self, text: Text, hidden: Tensor | None):
         self.costs.one_shape = text.width is not None

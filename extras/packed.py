@@ -50,8 +50,8 @@ def pack(model: Llama) -> Llama:
         return model
     put_into(model, choose_form(device, model.embed.weight.dtype))
     for layer in model.layers:
-        layer.attention_norm = QuickNorm(layer.attention_norm)
-        layer.mlp_norm = QuickNorm(layer.mlp_norm)
+        layer.attention_norm = quick(layer.attention_norm)
+        layer.mlp_norm = quick(layer.mlp_norm)
     return model
 
 
@@ -205,6 +205,10 @@ class WeightFirstLinear(nn.Module):
         if len(x) > 1 or not 1 < x.shape[1] <= FEW:
             return F.linear(x, self.weight)
         return torch.mm(self.weight, x[0].t()).t().contiguous()[None]
+
+
+def quick(norm: nn.Module) -> nn.Module:
+    return norm if isinstance(norm, QuickNorm) else QuickNorm(norm)
 
 
 class QuickNorm(nn.Module):

@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 def my_place() -> Place:
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if "MASTER_ADDR" in os.environ and all(name in os.environ for name in names):
+    if "MASTER_ADDR" in os.environ and all(os.environ.get(n, "").isdecimal() for n in names):
         return Place(*(int(os.environ[name]) for name in names))
     return Place(0, 1, 0, 1)
 

@@ -30,6 +30,7 @@ from extras.worth import NOTHING, Costs, Ratio, best_choice
 from model import Llama
 from speculative import (
     NO_DRAFT,
+    Clasp,
     Draft,
     Drafter,
     Outcome,
@@ -48,6 +49,8 @@ SHARE = 0.015                 # of the time, at most, may go into the DP
 FIRST_INTERVAL = 16           # cycles between runs of the DP to begin with, and their limits
 SHORTEST_INTERVAL = 8
 LONGEST_INTERVAL = 512
+HOPED = 0.75                  # of a draft by known settings is thought to be right, and this
+CYCLES = 3                    # counts as much as so many cycles
 NEAREST = 1e-2                # no distance counts as less: cosines are rounded
 
 
@@ -57,14 +60,12 @@ class Skipping(Drafter):
     A part of ``Auto``, which decides when it drafts. One object may go from text to text.
     """
 
-    def __init__(self, model: Llama, costs: Costs, draft_length: int, layers_pay: bool = False):
-        """costs: of passes too, which Auto notes. draft_length: most tokens of a draft.
-
-        layers_pay: run the DP at once, and not first after many steps, as a trial.
-        """
+    def __init__(self, model: Llama, costs: Costs, draft_length: int):
+        """costs: of passes too, which Auto notes. draft_length: most tokens of a draft."""
         require_draft_length(draft_length)
         self.layers = len(model.layers)
-        self.hopeful = layers_pay or self.layers * model.config.layer_weights >= LARGE
+        # Should the DP run at once, and not first after many steps, as a trial?
+        self.hopeful = self.layers * model.config.layer_weights >= LARGE
         self.draft_length = draft_length
         self.costs = costs
         self.rejections = Rejections()
@@ -217,6 +218,46 @@ class Skipping(Drafter):
         known = text.stats.skip_sets
         if anew or not known or known[-1][1] != skip:
             known.append((text.stats.new_tokens, skip))
+
+
+class Settled(Drafter):
+    """CLaSp with settings that are known to suit the model; when it drafts is Auto's decision too.
+
+    Cycles that it does not draft in make what it knows of its tokens less certain, so that it is
+    tried again.
+    """
+
+    def __init__(self, model: Llama, clasp: Clasp, costs: Costs):
+        self.clasp = clasp
+        self.costs = costs
+        self.share = costs.share(clasp.budget / len(model.layers))
+        self.accepted = Ratio()                          # tokens of a draft
+
+    def begin(self, text: Text, hidden: Tensor | None):
+        self.clasp.begin(text, hidden)
+
+    def beats(self, rate: float) -> bool:
+        return self.rate > rate
+
+    @property
+    def rate(self) -> float:
+        """Tokens expected per unit of time."""
+        length = self.clasp.draft_length
+        draft_time = self.costs.time("draft") * self.share
+        tokens = 1 + self.accepted.estimate(HOPED * length, CYCLES)
+        return tokens / (length * draft_time + self.costs.pass_times(length)[length])
+
+    def propose(self, text: Text, most: int) -> Draft:
+        return self.clasp.propose(text, most)
+
+    def observe(self, text: Text, outcome: Outcome):
+        drafted = len(outcome.draft.tokens)
+        if drafted and outcome.draft.source == "layers":
+            self.costs.note("draft", outcome.seconds["draft"] / drafted, self.share)
+            self.accepted.note(outcome.accepted)
+        else:
+            self.accepted.note(0, 0)
+        self.clasp.observe(text, outcome)
 
 
 def distance_of(cosine: float) -> float:

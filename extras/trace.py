@@ -24,6 +24,7 @@ from torch import Tensor
 from dp_skip import Measure, distances, relative_distances
 from extras.auto import Auto
 from extras.dp_table import DPRun, dp_record, rounded
+from extras.skipping import Settled, Skipping
 from speculative import Draft, Drafter, Outcome, Text, as_row, clock, distribution
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -103,8 +104,12 @@ class Traced(Drafter):
         """How the drafter called the DP: tokens T, smallest budget, largest budget, measure."""
         drafter = self.drafter
         if isinstance(drafter, Auto):
-            budgets = drafter.skipping.sets
+            drafter = drafter.skipping
+        if isinstance(drafter, Skipping):
+            budgets = drafter.sets
             return 1, min(budgets), max(budgets), distances
+        if isinstance(drafter, Settled):
+            drafter = drafter.clasp
         tokens = min(drafter.opt_tokens, text.cache.rows // max(drafter.budget, 1))
         measure = distances if drafter.opt_tokens == 1 else relative_distances
         return tokens, drafter.budget, drafter.budget, measure

@@ -123,6 +123,28 @@ def test_a_pass_folds_its_mask_once(monkeypatch):
     assert sum(folds) == 2                               # the first pass starts at slot 0: no mask
 
 
+def test_a_pass_in_another_thread_does_not_exchange_the_folded_mask(monkeypatch):
+    """Here it comes in between, when a mask is about to be folded."""
+    seen = []
+    fold = FoldOnce(lambda q, k, v, mask: seen.append(mask))
+    q = torch.zeros(1, 4, 3, 8)
+    k = torch.zeros(1, 2, 5, 8)
+    ours, theirs = torch.zeros(3, 5), torch.ones(3, 5)
+
+    def interrupted(mask, rows):
+        if mask is ours:
+            fold(q, k, k, theirs)
+        return fold_mask(mask, rows)
+
+    monkeypatch.setattr(forms, "fold_mask", interrupted)
+    for _ in range(2):
+        seen.clear()
+        fold(q, k, k, ours)
+        assert seen[-1].unique().tolist() == [0]
+        fold(q, k, k, theirs)
+        assert seen[-1].unique().tolist() == [1]
+
+
 @pytest.mark.parametrize("slots", [1, 7, 8, 29, 130])
 def test_rows_of_masks_begin_at_multiples_that_gpus_read_without_a_copy(slots):
     x = torch.zeros(1, device=DEVICE)

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import generate
-from checkpoint import BUNDLED
 from extras.auto import Auto
 from extras.lookup import LONGEST, MOST, Lookup
+from extras.skipping import Skipping
 from extras.worth import SHAPE
 from model import KVCache
 from speculative import Clasp, Draft, Outcome, Stats, autoregressive, decode, new_text
@@ -32,6 +32,12 @@ def write(model, auto: Auto, count: int, prompt=(1, 2, 3), **chosen) -> Stats:
     stats = Stats()
     assert len(list(decode(model, list(prompt), count, auto, stats=stats, **chosen))) == count
     return stats
+
+
+def hopeful(auto: Auto) -> Auto:
+    """It runs the DP at once, and not first after many steps."""
+    auto.skipping.hopeful = True
+    return auto
 
 
 # ---------------------------------------------------------------- the text
@@ -114,7 +120,7 @@ def test_fixed_costs_make_a_seed_give_the_same_text_again():
 def sources(tokens: list[int], costs: dict, layers_right: float, words_right: float) -> str:
     """Who drafts after these tokens, if that share of each one's drafts is thought to be right."""
     model = agreeable()
-    auto = Auto(model, 4, costs, layers_pay=True)
+    auto = hopeful(Auto(model, 4, costs))
     text, hidden = new_text(model, tokens, 20)
     auto.begin(text, hidden)
     auto.skipping.distance = dict.fromkeys(auto.skipping.sets, 1.0)
@@ -154,8 +160,44 @@ def test_a_text_that_is_copied_is_drafted_at_full_length():
 def test_both_sources_may_draft_in_one_text():
     """By layers until the text goes in circles, then by looking up."""
     model = agreeable()
-    stats = write(model, Auto(model, 4, CHEAP, layers_pay=True), 200)
+    stats = write(model, hopeful(Auto(model, 4, CHEAP)), 200)
     assert {"layers", "lookup", ""} <= set(stats.sources)
+
+
+def with_settings(model, costs=CHEAP) -> Auto:
+    """It knows how many layers to skip, and how far to draft."""
+    return Auto(model, 4, costs, Clasp(model, 3, 4, opt_interval=8))
+
+
+def test_known_settings_are_used_and_words_looked_up_where_that_is_better():
+    model = agreeable()
+    stats = write(model, with_settings(model), 200)
+    assert {"layers", "lookup"} <= set(stats.sources)
+    assert {len(skip) for _, skip in stats.skip_sets} == {3}
+
+
+def test_known_settings_that_do_not_pay_are_seldom_tried():
+    model = random_model(residual=1.0, context=2048)
+    auto = with_settings(model)
+    places = []
+
+    def propose(text, most):
+        places.append(text.stats.new_tokens)
+        return Clasp.propose(auto.skipping.clasp, text, most)
+
+    auto.skipping.clasp.propose = propose
+    write(model, auto, 1500)
+    assert 1 < len(places) < 60
+    assert places[-1] > 700                              # it does not give up
+
+
+@pytest.mark.parametrize("residual", [0.01, 0.3])
+def test_with_known_settings_too_the_text_is_plain_decodings(residual):
+    model = random_model(layers=4, residual=residual)
+    width = width_for(model, 5)
+    prompt = tokens_of(model, 5)
+    plain = list(autoregressive(model, prompt, 100, width=width))
+    assert write(model, with_settings(model, None), 100, prompt, width=width).tokens == plain
 
 
 def test_a_model_of_one_layer_is_drafted_for_by_lookup_alone():
@@ -167,7 +209,7 @@ def test_a_model_of_one_layer_is_drafted_for_by_lookup_alone():
 
 def test_lookup_learns_while_layers_draft_and_costs_are_learned_from_both():
     model = agreeable()
-    auto = Auto(model, 4, layers_pay=True)
+    auto = hopeful(Auto(model, 4))
     text, hidden = new_text(model, AGAIN, 20)
     auto.begin(text, hidden)
     auto.propose(text, 4)
@@ -185,8 +227,10 @@ def autos(monkeypatch) -> list[tuple[Auto, dict | None]]:
     """Each Auto that generate.py makes, and the costs that it was given; drafts pay for all."""
     made = []
 
-    def new_auto(model, draft_length, costs, layers_pay):
-        auto = Auto(model, draft_length, DRAFTS_FREE, layers_pay=True)
+    def new_auto(model, draft_length, costs, clasp):
+        auto = Auto(model, draft_length, DRAFTS_FREE, clasp)
+        if clasp is None:
+            auto.skipping.hopeful = True
         made.append((auto, costs))
         return auto
 
@@ -206,7 +250,7 @@ def answer(capsys, folder, *argv) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_auto_is_the_default_where_the_model_suggests_nothing(capsys, silent_folder, autos):
+def test_auto_is_the_default_where_no_setting_of_layers_is_typed(capsys, silent_folder, autos):
     answer(capsys, silent_folder)
     answer(capsys, silent_folder, "--draft-length", "3")
     assert [auto.lookup.draft_length for auto, _ in autos] == [MOST, 3]
@@ -217,21 +261,26 @@ def test_auto_is_the_default_where_the_model_suggests_nothing(capsys, silent_fol
     assert not autos
 
 
-def test_a_suggestion_is_followed_unless_auto_is_asked_for(capsys, tmp_path, autos):
+def test_auto_skips_layers_as_the_model_suggests(capsys, tmp_path, autos):
     folder = small_folder(tmp_path / "model")
     set_fields(folder, "generation_config.json", clasp={"exit_threshold": 0.2, "draft_length": 2})
     answer(capsys, folder)
-    assert not autos
     for asking in ("--drafter", "--skip-layers"):
         answer(capsys, folder, asking, "auto")
-    assert [auto.lookup.draft_length for auto, _ in autos] == [MOST] * 2
+    for length in ("1", "64"):
+        answer(capsys, folder, "--draft-length", length)
+    assert [auto.lookup.draft_length for auto, _ in autos] == [MOST] * 3 + [1, 64]
+    found = [auto.skipping.clasp for auto, _ in autos]
+    assert [clasp.draft_length for clasp in found] == [2, 2, 2, 1, 2]     # a limit, not a length
+    assert {(clasp.budget, clasp.exit_threshold) for clasp in found} == {(1, 0.2)}
 
 
-def test_the_bundled_model_suggests_settings_and_auto_may_be_asked_for(capsys, autos):
-    answer(capsys, BUNDLED)
-    assert not autos
-    answer(capsys, BUNDLED, "--drafter", "auto")
-    assert len(autos) == 1
+def test_a_draft_length_alone_says_nothing_of_layers(capsys, tmp_path, autos):
+    folder = small_folder(tmp_path / "model")
+    set_fields(folder, "generation_config.json", clasp={"draft_length": 2})
+    answer(capsys, folder)
+    ((auto, _),) = autos
+    assert isinstance(auto.skipping, Skipping)
 
 
 def drafter_of(folder, *argv):
@@ -295,8 +344,8 @@ def test_auto_is_exact_only_where_that_is_asked_for(capsys, silent_folder, autos
 
 
 def test_a_text_without_drafts_says_so(capsys, monkeypatch):
-    def hopeless(model, draft_length, costs, layers_pay):
-        return Auto(model, draft_length, HOPELESS)
+    def hopeless(model, draft_length, costs, clasp):
+        return Auto(model, draft_length, HOPELESS, clasp)
 
     monkeypatch.setattr(generate, "Auto", hopeless)
     assert generate.main(["--max-new-tokens", "12", "--skip-layers", "auto"]) == 0

@@ -30,7 +30,7 @@ from bench.prompts import PROMPTS, read_questions
 from bench.race import Plan, Prompt, interleave, race, run
 from bench.results import Results, header_of
 from bench.search import Swift, self_sd
-from bench.table import summary
+from bench.table import quartiles, summary
 from bench.target import SHAPES, Target, fingerprint_of, load_target
 from extras.cuda_graphs import GraphedLlama
 from extras.int8 import Int8Linear
@@ -318,8 +318,14 @@ def test_a_speedup_is_the_median_over_prompts_of_ratios_of_medians():
     ]
     found = summary(lines, "clasp")
     quartiles = (found.lower_quartile, found.speedup, found.upper_quartile)
-    assert quartiles == pytest.approx((2, 3, 8))
+    assert quartiles == pytest.approx((2.5, 3, 5.5))
     assert summary(lines, "autoregressive").speedup == 1
+
+
+@pytest.mark.parametrize("values", [[2.0], [0.2, 1.5], [1.0, 2.0, 9.0]])
+def test_quartiles_lie_among_the_values(values):
+    lower, middle, upper = quartiles(values)
+    assert min(values) <= lower <= middle <= upper <= max(values)
 
 
 def test_a_summary_holds_the_cost_models_bound():
@@ -543,6 +549,23 @@ def test_auto_is_studied(what, options, shown):
     done = run_tool("study_auto.py", what, "--device", DEVICE, *options)
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
+
+
+@pytest.mark.parametrize("argv, word", [
+    ([".", "--rounds", "1"], "at least 2"),
+    (["/no", "--rounds", "2", "--", "--max-new-tokens", "8"], "/no"),
+    ([], "required"),
+])
+def test_checkouts_are_raced_with_what_stands_after_two_dashes(argv, word):
+    done = run_tool("race_checkouts.py", *argv)
+    assert done.returncode != 0
+    assert word in done.stderr and "Traceback" not in done.stderr
+
+
+def test_texts_too_short_to_study_are_refused():
+    done = run_tool("study_auto.py", "reject", "--prompts", "1", "--max-new-tokens", "5")
+    assert done.returncode == 2
+    assert "too short" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["verify.py", "study_auto.py"])

@@ -130,7 +130,7 @@ def test_long_greedy_text_is_plain_decodings_in_every_precision(capsys, dtype, f
     (["--skip-layers", "auto"], False),
     (["--skip-layers", "auto", "--exact"], True),
     (["--skip-layers", "auto", "--no-exact"], False),
-    ([], False),                                   # nothing typed or suggested: auto
+    ([], False),                                   # nothing typed: auto
 ], ids=str)
 def test_exactness_is_a_choice_that_json_reports(capsys, monkeypatch, folder, flags, is_exact):
     decode = generate.decode

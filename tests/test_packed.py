@@ -174,6 +174,13 @@ def test_quick_norm_is_rms_norm():
     assert not QuickNorm(norm)(torch.zeros(1, 1, 48)).any()
 
 
+def test_what_is_packed_may_be_packed_again():
+    model = pack(random_model())
+    tokens = torch.tensor([[1, 2, 3]], device=DEVICE)
+    before = model.logits(model(tokens)[-1])
+    assert torch.equal(pack(model).logits(model(tokens)[-1]), before)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_while_loading_and_packed_afterwards_are_the_same(tmp_path, dtype):
     folder = small_folder(tmp_path / "small")

@@ -28,7 +28,8 @@ class Blind(Lookup):
 
 def blind(model, draft_length=4, costs=None, layers_pay=True) -> Auto:
     """An Auto that can only skip layers."""
-    auto = Auto(model, draft_length, costs, layers_pay)
+    auto = Auto(model, draft_length, costs)
+    auto.skipping.hopeful |= layers_pay
     auto.lookup = Blind()
     return auto
 

@@ -46,6 +46,7 @@ def drafters(model):
         "the paper's": Clasp(model, 12, 4, opt_interval=4, opt_tokens=1),
         "several tokens": Clasp(model, 12, 4, opt_interval=4, opt_tokens=4),
         "auto": auto,
+        "auto with settings": Auto(model, clasp=Clasp(model, 12, 4, opt_interval=4, opt_tokens=4)),
     }
 
 

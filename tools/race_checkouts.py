@@ -32,21 +32,27 @@ def speeds(checkout: Path, options: list[str]) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], usage="%(prog)s OTHER [--rounds N] [-- OPTIONS]")
     parser.add_argument("other", type=Path, help="a checkout of another commit")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("options", nargs="*", help="handed on to both, after --")
-    args = parser.parse_args()
+    own, handed_on = sys.argv[1:], []
+    if "--" in own:
+        handed_on = own[own.index("--") + 1:]
+        own = own[:own.index("--")]
+    args = parser.parse_args(own)
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2")
     ratios = {"CLaSp": [], "plain decoding": []}
     for round_number in range(args.rounds):
         checkouts = [HERE, args.other]
         if round_number % 2:                               # who is first may matter
             checkouts.reverse()
-        found = {checkout: speeds(checkout, args.options) for checkout in checkouts}
+        found = {checkout: speeds(checkout, handed_on) for checkout in checkouts}
         for name, values in ratios.items():
             values.append(found[HERE][name] / found[args.other][name])
     for name, values in ratios.items():
-        low, median, high = statistics.quantiles(values, n=4)
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         print(f"{name}: {median:.3f} of the other's speed (quartiles {low:.3f} to {high:.3f}, "
               f"{len(values)} rounds)")
 

@@ -22,7 +22,7 @@ from bench.table import summary
 from bench.target import load_target
 from extras.skipping import distance_of
 from model import KVCache
-from speculative import as_row, autoregressive, optimize
+from speculative import as_row, autoregressive, optimize, require
 
 # ---------------------------------------------------------------------------- reject
 
@@ -46,6 +46,7 @@ def reject(args):
         for budget, distance, is_wrong in drafted_tokens(setup, opening, budgets):
             distances[budget].append(distance)
             rejected[budget].append(is_wrong)
+    require(distances, f"the texts are too short: no {DRAFTED} tokens follow a run of the DP")
     print("| M | d | rejected | rejected / d |\n|---|---|---|---|")
     for budget in budgets:
         d = statistics.mean(distances[budget])

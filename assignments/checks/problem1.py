@@ -36,6 +36,8 @@ def rms_norm():
     got = RMSNorm(2, 0.0)(torch.tensor([[[[3.0, 4.0]]]]))
     close(got, [[[[0.848528, 1.131371]]]],
           "RMSNorm takes any number of axes before the last", "x of shape (1, 1, 1, 2)")
+    got = RMSNorm(2, 0.0).bfloat16()(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
+    equal(got.dtype, torch.bfloat16, "RMSNorm keeps the dtype of x", "x in bfloat16, dtype")
     norm, x = random_norm()
     close(norm(x), golden()["norm"],
           "RMSNorm is weight * x / sqrt(mean(x^2) + eps)",
@@ -85,8 +87,10 @@ def rope_table():
               "sin has the angles of cos", f"|sin|, {example}", axes)
         close(sin, expected["sin"],
               "The first half of sin is negated and the second is not", f"sin, {example}", axes)
-    cos, _ = table(table_config(), 302, dtype=torch.bfloat16)
-    equal(cos.dtype, torch.bfloat16, "The table comes in the dtype asked for", "dtype bfloat16")
+    cos, sin = table(table_config(), 302, dtype=torch.bfloat16)
+    for name, one in (("cos", cos), ("sin", sin)):
+        equal(one.dtype, torch.bfloat16, "The table comes in the dtype asked for",
+              f"dtype bfloat16, that of {name}")
     close(cos[301:], golden()["rope"]["cos of 301"],
           "Angles are computed in float32 whatever dtype the table comes in, since bfloat16 has no "
           "301", "cos in bfloat16, 302 positions, row 301", (None, "dimension"), tolerance=0.01)
@@ -206,6 +210,9 @@ def attends():
           "Query head h reads key-value head h // (heads / kv_heads), so that neighbours share one",
           "4 heads, 2 key-value heads with values 1 and 10, 1 row, 1 slot", ("head",))
 
+    close(attention(column(0.0, 0.0), column(0.0, 0.0), column(1.0, 3.0), None).flatten(),
+          [1.0, 2.0], "With no mask, row r of several sees rows 0 to r (with equal scores it takes "
+          "the mean of their values)", "mask None, 2 rows whose values are 1 and 3", ("row",))
     k = column(0.0, 0.0, 0.0)
     v = column(1.0, 3.0, 8.0)
     close(attention(column(0.0, 0.0, 0.0), k, v, None).flatten(), [1.0, 2.0, 4.0],

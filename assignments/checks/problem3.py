@@ -250,6 +250,12 @@ def distances():
     got = distance(torch.ones(1, 3, dtype=torch.bfloat16), target.bfloat16())
     equal(got.dtype, torch.float32,
           "Distances are computed in float32", "rows in bfloat16, dtype")
+    rows = torch.tensor([[3.0, 4.03125, 0.0]], dtype=torch.bfloat16)
+    target = torch.tensor([3.0, 4.0, 0.0], dtype=torch.bfloat16)
+    close(distance(rows, target) * 1e3, [3.731],
+          "Distances are computed in float32: in bfloat16 a unit vector has two or three digits",
+          "rows (3, 4.03125, 0), target (3, 4, 0), both in bfloat16, distances in units of 1e-3",
+          ("row",), tolerance=0.01)
     target = torch.tensor([1.0, 1e-4, 1e-4])
     rows = torch.tensor([[1e4, 1.0, 1.2], [1e4, 1.0, 1.4], [1e4, 1.0, 1.1]])
     close(distance(rows, target) * 1e5, [2.0, 4.0, 1.0],

@@ -27,6 +27,9 @@ rms_norm.mistake(
     "weight forgotten",
     ("scaled * self.weight", "scaled"))
 rms_norm.mistake(
+    "in float32 for good",
+    ("scaled * self.weight", "(scaled * self.weight).float()"))
+rms_norm.mistake(
     "mean over all axes",
     ("mean(-1, keepdim=True)", "mean()"))
 
@@ -56,6 +59,9 @@ rope_table.mistake(
     "rope_scaling forgotten",
     ("model.inverse_frequencies(config)",
      "config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)"))
+rope_table.mistake(
+    "sin left in float32",
+    ("sin.to(device, dtype)", "sin.to(device)"))
 rope_table.mistake(
     "angles interleaved",
     ("torch.cat((angles, angles), -1)", "angles.repeat_interleave(2, -1)"))
@@ -131,6 +137,9 @@ attention.mistake(
 attention.mistake(
     "scores not scaled",
     (" / math.sqrt(q.shape[-1])", ""))
+attention.mistake(
+    "causal from three rows on",
+    ("elif rows > 1:", "elif rows > 2:"))
 attention.mistake(
     "no causal mask",
     ("elif rows > 1:", "elif False:"))

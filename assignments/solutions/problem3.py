@@ -35,6 +35,14 @@ distances.mistake(
     "the true state's length not divided out",
     ("    target = target / target.norm(dim=-1, keepdim=True)\n", ""))
 distances.mistake(
+    "rows normalised in bfloat16",
+    ("rows / length - target",
+     "(candidates / candidates.norm(dim=-1, keepdim=True)).double() - target"))
+distances.mistake(
+    "the true state normalised in bfloat16",
+    ("    target = target / target.norm(dim=-1, keepdim=True)\n",
+     "    target = (state / state.norm(dim=-1, keepdim=True)).double()\n"))
+distances.mistake(
     "bfloat16 kept",
     ("rows = candidates.double()", "rows = candidates\n    dtype = rows.dtype"),
     ("state.double()", "state"),

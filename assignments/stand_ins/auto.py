@@ -6,5 +6,5 @@ from speculative import DRAFT_LENGTH, Clasp
 
 
 class Auto(Clasp):
-    def __init__(self, model, draft_length=DRAFT_LENGTH, costs=None, layers_pay=False):
+    def __init__(self, model, draft_length=DRAFT_LENGTH, costs=None, clasp=None):
         super().__init__(model, draft_length=min(draft_length, DRAFT_LENGTH))
