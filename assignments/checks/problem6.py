@@ -810,3 +810,11 @@ def on_what():
                   [(2 * cycle, chosen) for cycle, chosen in zip(cycles, sets)],
                   "stats.skip_sets holds each set that was chosen, after how many new tokens",
                   f"{example}: skip_sets")
+    with noted() as seen:
+        drafter = speculative.Clasp(token_model(), M, 3, 0.0, CYCLES, 4)
+        live(drafter, text_of([1, 2]), STATES, seen)
+        live(drafter, text_of([1, 2]), None, seen)
+        equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, 2, VOCABULARY),
+              "A drafter may go from text to text: it forgets the states of the last one",
+              "a longer prompt, then a prompt of one token, opt_tokens 4, its first run, after one "
+              "cycle of 2 tokens: shape")

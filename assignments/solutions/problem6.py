@@ -369,6 +369,9 @@ def begin(self, text, hidden):
 
 
 begin.mistake(
+    "the last text's states kept",
+    ("self.recent.clear()", "pass"))
+begin.mistake(
     "the last text's set kept",
     ("self.skip = None", "pass"))
 begin.mistake(
