@@ -16,7 +16,7 @@ from speculative import require
 
 
 def cut(total: int, rank: int, count: int) -> range:
-    """One of ``count`` neighbouring parts of 0 .. total-1; the last is never the smallest."""
+    """One of ``count`` neighbouring parts of 0 .. total-1; none is larger than the last."""
     return range(rank * total // count, (rank + 1) * total // count)
 
 

@@ -18,6 +18,8 @@ nothing is drafted. Now and then drafting is tried again: when what the attempt 
 is at most TRIAL of the time that passed since. While drafting, each token's confidence sharpens the
 guess: with P the chance that all tokens so far are accepted, one more is worth its time if
 P a >= t(M) E / T, that is, if it brings more than the same time brings on average.
+
+Where a model suggests settings, none of this is needed: CLaSp drafts with these (``Settled``).
 """
 import math
 from collections import defaultdict
@@ -231,7 +233,8 @@ class Settled(Drafter):
         self.clasp = clasp
         self.costs = costs
         self.share = costs.share(clasp.budget / len(model.layers))
-        self.accepted = Ratio()                          # tokens of a draft
+        self.drafted = Ratio()                           # tokens of a draft
+        self.accepted = Ratio()                          # and of these
 
     def begin(self, text: Text, hidden: Tensor | None):
         self.clasp.begin(text, hidden)
@@ -242,10 +245,12 @@ class Settled(Drafter):
     @property
     def rate(self) -> float:
         """Tokens expected per unit of time."""
-        length = self.clasp.draft_length
+        most = self.clasp.draft_length
+        length = self.drafted.estimate(most, CYCLES)                 # a threshold may end it early
+        tokens = 1 + self.accepted.estimate(HOPED * most, CYCLES)
         draft_time = self.costs.time("draft") * self.share
-        tokens = 1 + self.accepted.estimate(HOPED * length, CYCLES)
-        return tokens / (length * draft_time + self.costs.pass_times(length)[length])
+        pass_time = self.costs.pass_times(most)[round(length)]
+        return tokens / (length * draft_time + pass_time)
 
     def propose(self, text: Text, most: int) -> Draft:
         return self.clasp.propose(text, most)
@@ -254,8 +259,10 @@ class Settled(Drafter):
         drafted = len(outcome.draft.tokens)
         if drafted and outcome.draft.source == "layers":
             self.costs.note("draft", outcome.seconds["draft"] / drafted, self.share)
+            self.drafted.note(drafted)
             self.accepted.note(outcome.accepted)
         else:
+            self.drafted.note(0, 0)
             self.accepted.note(0, 0)
         self.clasp.observe(text, outcome)
 
