@@ -56,7 +56,8 @@ class Traced(Drafter):
         self.text = text
         self.cycles = []
         self.dp_runs: list[DPRun] = []
-        self.recent = deque(maxlen=getattr(self.drafter, "opt_tokens", 1))      # states, as Clasp's
+        kept = getattr(self.dp_drafter, "opt_tokens", 1)
+        self.recent = deque(maxlen=kept)               # states, as Clasp's
         self.now = clock(text.model)
         self.times = []                                # when each token of a draft was chosen
         choose = text.choose
@@ -100,16 +101,20 @@ class Traced(Drafter):
             self.dp_runs.append(DPRun(
                 len(self.cycles), text.stats.new_tokens, text.cache.length, states, skip, *call))
 
-    def dp_call(self, text: Text) -> tuple[int, int, int, Measure]:
-        """How the drafter called the DP: tokens T, smallest budget, largest budget, measure."""
+    @property
+    def dp_drafter(self) -> Drafter:
+        """Who runs the DP: in Auto the part that skips layers, which may be CLaSp."""
         drafter = self.drafter
         if isinstance(drafter, Auto):
             drafter = drafter.skipping
+        return drafter.clasp if isinstance(drafter, Settled) else drafter
+
+    def dp_call(self, text: Text) -> tuple[int, int, int, Measure]:
+        """How the drafter called the DP: tokens T, smallest budget, largest budget, measure."""
+        drafter = self.dp_drafter
         if isinstance(drafter, Skipping):
             budgets = drafter.sets
             return 1, min(budgets), max(budgets), distances
-        if isinstance(drafter, Settled):
-            drafter = drafter.clasp
         tokens = min(drafter.opt_tokens, text.cache.rows // max(drafter.budget, 1))
         measure = distances if drafter.opt_tokens == 1 else relative_distances
         return tokens, drafter.budget, drafter.budget, measure

@@ -238,7 +238,21 @@ def an_end_that_is_no_token(path: Path):
     write_gguf(path, GOLDEN / "gqa-untied", eos=61)
 
 
+def an_unnamed_scaling(path: Path):
+    def extra(writer):
+        writer.add_float32("llama.rope.scaling.factor", 4.0)
+    write_gguf(path, GOLDEN / "gqa-untied", extra=extra)
+
+
+def a_scaling_of_2023(path: Path):
+    def extra(writer):
+        writer.add_float32("llama.rope.scale_linear", 4.0)
+    write_gguf(path, GOLDEN / "gqa-untied", extra=extra)
+
+
 @pytest.mark.parametrize("make, word", [
+    (an_unnamed_scaling, "unsupported RoPE scaling 'linear'"),
+    (a_scaling_of_2023, "unsupported RoPE scaling 'linear'"),
     (an_unknown_merge, "tokenizer is damaged"),
     (a_merge_of_one, "tokenizer is damaged"),
     (an_end_that_is_no_token, "tokenizer is damaged"),

@@ -50,7 +50,7 @@ def drafters(model):
     }
 
 
-NAMES = ["the paper's", "several tokens", "auto"]
+NAMES = ["the paper's", "several tokens", "auto", "auto with settings"]
 
 
 def path(run: dict) -> list[int]:

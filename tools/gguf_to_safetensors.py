@@ -84,7 +84,9 @@ def read_config(field: Field, tensors: dict) -> dict:
     }
     if field("llama.rope.dimension_count", config["head_dim"]) != config["head_dim"]:
         refuse("rotating only a part of each head is not supported")
-    scaling_type = field("llama.rope.scaling.type", "none")
+    # A factor without a type is of a linear scaling, as is scale_linear, its name in old files.
+    factor = field("llama.rope.scaling.factor", field("llama.rope.scale_linear", 0))
+    scaling_type = field("llama.rope.scaling.type", "linear" if factor not in (0, 1) else "none")
     if scaling_type != "none":
         refuse(f"unsupported RoPE scaling {scaling_type!r}")
     if "rope_freqs.weight" in tensors:

@@ -36,7 +36,7 @@ def rms_norm():
     got = RMSNorm(2, 0.0)(torch.tensor([[[[3.0, 4.0]]]]))
     close(got, [[[[0.848528, 1.131371]]]],
           "RMSNorm takes any number of axes before the last", "x of shape (1, 1, 1, 2)")
-    got = RMSNorm(2, 0.0).bfloat16()(torch.tensor([[3.0, 4.0]], dtype=torch.bfloat16))
+    got = RMSNorm(2, 0.0).bfloat16()(torch.tensor([[6.0, 8.0]], dtype=torch.bfloat16))
     equal(got.dtype, torch.bfloat16, "RMSNorm keeps the dtype of x", "x in bfloat16, dtype")
     norm, x = random_norm()
     close(norm(x), golden()["norm"],
