@@ -22,9 +22,7 @@ import torch
 from torch import Tensor
 
 from dp_skip import Measure, distances, relative_distances
-from extras.auto import Auto
 from extras.dp_table import DPRun, dp_record, rounded
-from extras.skipping import Settled, Skipping
 from speculative import Draft, Drafter, Outcome, Text, as_row, clock, distribution
 
 TEMPLATE = Path(__file__).with_suffix(".html")
@@ -104,17 +102,15 @@ class Traced(Drafter):
     @property
     def dp_drafter(self) -> Drafter:
         """Who runs the DP: in Auto the part that skips layers, which may be CLaSp."""
-        drafter = self.drafter
-        if isinstance(drafter, Auto):
-            drafter = drafter.skipping
-        return drafter.clasp if isinstance(drafter, Settled) else drafter
+        drafter = getattr(self.drafter, "skipping", self.drafter)
+        return getattr(drafter, "clasp", drafter)
 
     def dp_call(self, text: Text) -> tuple[int, int, int, Measure]:
         """How the drafter called the DP: tokens T, smallest budget, largest budget, measure."""
         drafter = self.dp_drafter
-        if isinstance(drafter, Skipping):
-            budgets = drafter.sets
-            return 1, min(budgets), max(budgets), distances
+        sets = getattr(drafter, "sets", None)          # of one run for several budgets
+        if sets:
+            return 1, min(sets), max(sets), distances
         tokens = min(drafter.opt_tokens, text.cache.rows // max(drafter.budget, 1))
         measure = distances if drafter.opt_tokens == 1 else relative_distances
         return tokens, drafter.budget, drafter.budget, measure

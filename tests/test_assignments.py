@@ -747,6 +747,11 @@ def test_the_exported_tests_pass_on_a_filled_in_export(exported, tmp_path, probl
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests"],
         cwd=solved, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout
+    page = tmp_path / "run.html"
+    done = subprocess.run(
+        [sys.executable, "generate.py", "--max-new-tokens", "20", "--trace", page],
+        cwd=solved, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and page.exists(), done.stderr
 
 
 def test_what_stands_in_for_a_file_has_what_generate_wants_of_it(exported):

@@ -138,7 +138,7 @@ STUDIES = {"reject": reject, "sweep": sweep}
 def main():
     parser = new_parser(__doc__.splitlines()[0], list(STUDIES))
     parser.add_argument("--budgets", type=int, nargs="+", metavar="M",
-                        help="sweep: numbers of layers to skip; default: 50 to 90 % of them")
+                        help="sweep: numbers of layers to skip; default: 50 to 90 %% of them")
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
     parser.add_argument("--repeat", type=int, default=3)
     args = parser.parse_args()
