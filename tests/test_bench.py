@@ -32,6 +32,7 @@ from bench.results import Results, header_of
 from bench.search import Swift, self_sd
 from bench.table import quartiles, summary
 from bench.target import SHAPES, Target, fingerprint_of, load_target
+from checkpoint import BUNDLED
 from extras.cuda_graphs import GraphedLlama
 from extras.int8 import Int8Linear
 from extras.packed import MATRICES
@@ -514,6 +515,17 @@ def test_the_models_folder_is_shown_by_its_name(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- tools that measure
+
+PROGRAMS = [*(ROOT / "tools").glob("*.py"), BUNDLED / "train.py"]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
+def test_every_program_says_how_it_is_used(path):
+    """So it can be imported, at least."""
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout or path.name == "common.py"
+
 
 def run_tool(name: str, *argv: str) -> subprocess.CompletedProcess:
     """In one thread: on a small model others would only wait."""

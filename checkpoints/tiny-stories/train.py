@@ -41,8 +41,9 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from checkpoint import named_weights  # noqa: E402
 from dp_skip import select_layers  # noqa: E402
-from model import Config, Llama, named_weights, rope_table  # noqa: E402
+from model import Config, Llama, rope_table  # noqa: E402
 
 BEGIN = "<|begin_of_text|>"
 END = "<|end_of_text|>"
