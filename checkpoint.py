@@ -666,6 +666,11 @@ SUGGESTIBLE = {
 }
 
 
+def are_of_layers(settings: dict) -> bool:
+    """Does one of these settings say how layers are skipped? A draft length alone does not."""
+    return bool(settings.keys() - {"draft_length"})
+
+
 def suggested_settings(folder: Path | None) -> dict:
     """The settings of CLaSp that a model suggests for itself, if any."""
     if folder is None:

@@ -30,6 +30,7 @@ import torch
 from checkpoint import (
     BUNDLED,
     Tokenizer,
+    are_of_layers,
     find_folder,
     load_model,
     read_headers,
@@ -286,8 +287,7 @@ class Decoder:
     def drafts_by(self) -> str:
         """Who drafts: "layers", "lookup" or "auto"."""
         asked_for = "auto" if self.args.skip_layers == "auto" else self.args.drafter
-        of_layers = self.typed.keys() - {"draft_length"}
-        return asked_for or ("layers" if of_layers else "auto")
+        return asked_for or ("layers" if are_of_layers(self.typed) else "auto")
 
     @property
     def draft_length(self) -> int:
@@ -301,7 +301,7 @@ class Decoder:
                 f"--skip-layers auto does not go with --drafter {args.drafter}")
         if self.drafts_by == "layers":
             return Clasp(self.model, **self.settings)
-        require(not self.typed.keys() - {"draft_length"},
+        require(not are_of_layers(self.typed),
                 f"the drafter is {self.drafts_by}: of the settings of --drafter layers it takes "
                 "only --draft-length, so leave the others out")
         if self.drafts_by == "lookup":
@@ -313,7 +313,7 @@ class Decoder:
     def suggested_clasp(self) -> Clasp | None:
         """With the settings that the model suggests for its layers, if it does."""
         suggested = suggested_settings(self.folder)
-        if not suggested.keys() - {"draft_length"}:
+        if not are_of_layers(suggested):
             return None
         longest = min(suggested.get("draft_length", DRAFT_LENGTH), self.draft_length)
         return Clasp(self.model, **suggested | {"draft_length": longest})

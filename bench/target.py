@@ -10,6 +10,7 @@ from checkpoint import (
     BUNDLED,
     SUGGESTIBLE,
     Tokenizer,
+    are_of_layers,
     find_folder,
     load_model,
     suggested_settings,
@@ -67,7 +68,7 @@ class Target:
     bytes_read: int = 0                 # of weights, for one token
     fingerprint: float = 0.0            # of the weights: results belong to one model
     weights: str | None = None          # "int8"; None: as they come
-    suited: bool = False                # are settings typed, or suggested by the model?
+    suited: bool = False                # is a setting of layers typed, or suggested by the model?
 
     def __post_init__(self):
         Clasp(self.model, **self.settings)                # refuses what is out of range
@@ -178,7 +179,8 @@ def load_target(args: argparse.Namespace) -> Target:
     fingerprint = fingerprint_of(model)
     if args.cuda_graphs:
         model = GraphedLlama(model)
-    return Target(name, model, tokenizer, settings, read, fingerprint, args.weights, bool(chosen))
+    return Target(name, model, tokenizer, settings, read, fingerprint, args.weights,
+                  are_of_layers(chosen))
 
 
 @torch.inference_mode()
