@@ -5,16 +5,14 @@
     scratch   the matrices that are being packed while loading; or, if that is more, the states of
               as many of the prompt's tokens as go through the model at once
 
-``python tools/memory.py load`` measures what is calculated here. One thing is left out: FBGEMM,
-which keeps 16-bit weights for a CPU that computes in float32, fills columns up to a multiple of
-512. Those of LLaMA 3 are that.
+``python tools/memory.py load`` measures what is calculated here.
 """
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from extras.packed import is_x86
+from extras.packed import is_computed, is_x86
 from extras.shares import Share, can_share
 from model import BLOCK, Config, whole_blocks
 from speculative import PREFILL_ROWS, require
@@ -22,6 +20,7 @@ from speculative import PREFILL_ROWS, require
 LOADERS = 4                   # matrices that are in the making at once, at most
 ROWS = 16                     # of logits: what a pass of the whole model checks, about
 ALTERNATIVES = 8              # numbers of devices that are tried
+FILLED = 512                  # FBGEMM fills a matrix's columns up to a multiple of it
 GB = 10 ** 9
 CONTAINER = Path("/sys/fs/cgroup")                              # where Linux tells its limits
 
@@ -62,6 +61,12 @@ class Plan(NamedTuple):
         return self.dtype.itemsize
 
     @property
+    def is_widened(self) -> bool:
+        """Kept by FBGEMM: 16-bit weights for a CPU that computes in float32?"""
+        is_packed = self.weights is None and is_x86(self.device)
+        return is_packed and self.weight_bytes == 2 and not is_computed(self.dtype)
+
+    @property
     def slot_bytes(self) -> int:
         """Of a token's keys and values."""
         c = self.share
@@ -76,10 +81,25 @@ def needed(plan: Plan) -> Need:
 def weights_need(plan: Plan) -> int:
     c = plan.share
     embedding = c.vocab_size * c.hidden_size
-    matrices = c.num_hidden_layers * c.layer_weights
+    matrices = c.num_hidden_layers * sum(kept(plan, *shape) for shape in layer_shapes(c))
     if not c.tie_word_embeddings or plan.weights or is_x86(plan.device):
-        matrices += embedding                                        # the head
+        matrices += kept(plan, c.vocab_size, c.hidden_size)          # the head
     return embedding * plan.dtype.itemsize + matrices * plan.weight_bytes
+
+
+def layer_shapes(config: Config) -> list[tuple[int, int]]:
+    """Rows and columns of a layer's qkv, o, gate and up, down."""
+    queries = config.num_attention_heads * config.head_dim
+    qkv = queries + 2 * config.num_key_value_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return [(qkv, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner)]
+
+
+def kept(plan: Plan, rows: int, columns: int) -> int:
+    """Numbers that a matrix is kept as."""
+    if plan.is_widened:
+        columns = -(-columns // FILLED) * FILLED
+    return rows * columns
 
 
 def cache_need(plan: Plan) -> int:
@@ -87,13 +107,17 @@ def cache_need(plan: Plan) -> int:
 
 
 def loading_need(plan: Plan) -> int:
-    """Of each matrix that is in the making, two copies beside what it will be kept as."""
+    """Of each matrix that is in the making, two copies beside what it will be kept as.
+
+    FBGEMM takes float32.
+    """
     if plan.weights is None and not is_x86(plan.device):
         return 0                                                     # they are kept as they come
     c = plan.share
     largest = 2 * c.intermediate_size * c.hidden_size                # gate and up
     loaders = min(LOADERS, torch.get_num_threads())
-    return 2 * loaders * largest * plan.dtype.itemsize
+    taken = 4 if plan.is_widened else plan.dtype.itemsize
+    return loaders * largest * (plan.dtype.itemsize + taken)
 
 
 def prefill_need(plan: Plan) -> int:

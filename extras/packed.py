@@ -86,7 +86,6 @@ def choose_form(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module
     """A function that exchanges a linear layer (or embedding) for its fastest form there."""
     if not is_x86(device):
         return lambda linear: linear
-    computes_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     has_fbgemm = "fbgemm" in torch.backends.quantized.supported_engines
     small = unthreaded_product()
 
@@ -94,7 +93,7 @@ def choose_form(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module
         if not isinstance(linear, nn.Linear | nn.Embedding):
             return linear                                # it has one
         weight = linear.weight
-        if dtype == torch.bfloat16 and computes_bfloat16:
+        if is_computed(dtype):
             return PackedLinear(weight)
         if has_fbgemm and all(saved_in_16_bits(part) for part in weight.split(CHUNK)):
             return Float16Linear(weight, small)
@@ -103,6 +102,11 @@ def choose_form(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module
         return PackedLinear(weight) if weight.numel() >= LARGE else WeightFirstLinear(weight)
 
     return form
+
+
+def is_computed(dtype: torch.dtype) -> bool:
+    """In 16 bits, by this CPU itself?"""
+    return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def saved_in_16_bits(weight: Tensor) -> bool:

@@ -13,6 +13,7 @@ import generate
 from bench.target import SHAPES
 from extras import memory
 from extras.memory import Plan, needed, require_fits
+from extras.packed import is_x86
 from speculative import SettingsError
 
 GPU = torch.device("cuda")
@@ -35,6 +36,21 @@ def test_eight_bits_halve_all_but_the_embedding():
     embedding = LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
     rest = needed(plan_of()).weights - 2 * embedding
     assert needed(plan_of(weights="int8")).weights == rest // 2 + 2 * embedding
+
+
+@pytest.mark.parametrize("plan", [plan_of(), plan_of(processes=2)._replace(config=SHAPES["tiny"])])
+def test_all_numbers_of_a_layer_are_counted(plan):
+    counted = sum(rows * columns for rows, columns in memory.layer_shapes(plan.share))
+    assert counted == plan.share.layer_weights
+
+
+@pytest.mark.skipif(not is_x86(CPU), reason="FBGEMM is not used")
+def test_columns_that_fbgemm_adds_are_counted(monkeypatch):
+    """A matrix of 576 columns takes 1,024."""
+    monkeypatch.setattr(memory, "is_computed", lambda dtype: False)
+    plan = Plan(SHAPES["smollm2-135m"], CPU, torch.bfloat16, tokens=64)
+    assert memory.kept(plan, 3, 576) == 3 * 1024
+    assert memory.kept(plan, 3, 1024) == 3 * 1024
 
 
 def test_a_token_takes_keys_and_values_of_every_layer():
