@@ -62,8 +62,12 @@ def sets_of_texts(target: Target, prompts: list[Prompt]) -> list[list[frozenset[
 
 
 def similarities(sets: list[frozenset[int]], distance: int) -> list[float]:
-    """Jaccard similarities |A and B| / |A or B| of sets that lie ``distance`` tokens apart."""
-    return [len(a & b) / len(a | b) for a, b in zip(sets, sets[distance:])]
+    """Jaccard similarities |A and B| / |A or B| of sets that lie ``distance`` tokens apart.
+
+    Two empty sets are alike.
+    """
+    pairs = zip(sets, sets[distance:])
+    return [1.0 if a == b else len(a & b) / len(a | b) for a, b in pairs]
 
 
 def sparse_persistence(target: Target, texts: list[list[frozenset[int]]]) -> list[dict]:

@@ -54,15 +54,17 @@ def header_of(target: Target, args, questions: list[Question]) -> dict:
 
     Not how often and at which temperatures: those may be added to.
     """
-    asked = repr([tuple(question) for question in questions])
+    asked = [(question.name, question.group, target.encode(question.turns[:1]), question.turns)
+             for question in questions]
     return {
         "model": target.name,
         "weights": target.fingerprint,
         "where": target.where,
         "settings": target.settings,
+        "auto": target.auto_means,
         "cuda_graphs": target.has_graphs,
         "max_new_tokens": args.max_new_tokens,
         "seed": args.seed,
-        "questions": zlib.crc32(asked.encode()),
+        "questions": zlib.crc32(repr((asked, sorted(target.stop))).encode()),
         "unpadded": list(UNPADDED),
     }

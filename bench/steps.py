@@ -48,7 +48,7 @@ def step_seconds(target: Target, prompt: list[int], repeat: int) -> dict[str, fl
     rows = target.draft_length + 1
     pending = prompt[-1]
     tokens = target.settings["opt_tokens"]
-    text, hidden = new_text(model, [*prompt, pending], FEW_ROWS, width=target.width,
+    text, hidden = new_text(model, [*prompt, pending], max(rows, FEW_ROWS), width=target.width,
                             scratch=tokens * target.layers)
     choose = partial(optimize, model, text.cache, hidden[:, -1])
     skip = choose(budget).skip_sets[budget]

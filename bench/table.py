@@ -132,9 +132,10 @@ def title(target: Target, plan: Plan, lines: list[dict]) -> str:
     prompts = {tuple(line["key"][:2]) for line in lines}  # question and turn
     return (
         f"# {target.name}\n\n{target.where}. {target.layers} layers, CLaSp's settings "
-        f"{target.settings}. At most {plan.max_new_tokens} new tokens; {len(prompts)} prompts x "
-        f"{plan.repeat}, interleaved. A prompt's speedup is the ratio of medians, a group's the "
-        "median over prompts, with quartiles over all. In a group: tau / speedup. "
+        f"{target.settings}; {target.auto_means}. At most {plan.max_new_tokens} new tokens; "
+        f"{len(prompts)} prompts x {plan.repeat}, interleaved. A prompt's speedup is the ratio of "
+        "medians, a group's the median over prompts, with quartiles over all. In a group: tau / "
+        "speedup. "
         f"{what_identical_means(target)}"
     )
 

@@ -82,6 +82,10 @@ class Target:
         return self.settings["draft_length"]
 
     @property
+    def auto_means(self) -> str:
+        return "auto's layers have these too" if self.suited else "auto finds its own layers"
+
+    @property
     def stop(self) -> set[int]:
         return self.tokenizer.stop if self.tokenizer else set()
 

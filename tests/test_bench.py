@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from bench.methods import (
     random_set,
     swift,
 )
-from bench.prompts import PROMPTS, read_questions
+from bench.prompts import PROMPTS, Question, read_questions
 from bench.race import Plan, Prompt, interleave, race, run
 from bench.results import Results, header_of
 from bench.search import Swift, self_sd
@@ -387,6 +388,10 @@ def test_a_synthetic_model_runs_and_says_so(tmp_path, capsys, monkeypatch):
     assert stats.accepted == stats.drafted > 0
 
 
+def test_sets_without_layers_are_alike():
+    assert experiments.similarities([frozenset()] * 3, 1) == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("options", [[], ["--synthetic", "llama3.2-1b"]], ids=str)
 def test_weights_in_eight_bits_are_so_and_another_run(options, monkeypatch):
     """Also random ones; and their results never go on with those of other weights."""
@@ -400,6 +405,27 @@ def test_weights_in_eight_bits_are_so_and_another_run(options, monkeypatch):
     assert "int8" in narrow.where
     args = program.arguments(argv)
     assert header_of(wide, args, []) != header_of(narrow, args, [])
+
+
+def test_runs_that_draft_by_another_auto_or_ask_otherwise_are_other_runs(tmp_path):
+    """An auto with typed settings of layers; another template, another token that stops."""
+    folder = shutil.copytree(BUNDLED, tmp_path / "m")
+
+    def header(*options: str) -> dict:
+        args = program.arguments(["--device", DEVICE, "--dtype", "float32", *options])
+        return header_of(load_target(args), args, [Question("1", "qa", ["The dog"])])
+
+    tiny = ("--synthetic", "tiny")
+    assert header(*tiny) != header(*tiny, "--skip-layers", "4")      # half, as is the default
+    before = header("--model", str(folder))
+    assert header("--model", str(folder)) == before
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [1, 14]}))
+    stops = header("--model", str(folder))
+    assert stops != before
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False}))
+    assert header("--model", str(folder)) not in (before, stops)
 
 
 def test_a_temperature_that_is_given_twice_counts_once():
@@ -515,6 +541,22 @@ def test_the_models_folder_is_shown_by_its_name(tmp_path, monkeypatch):
 
 
 # ---------------------------------------------------------------- tools that measure
+
+@pytest.mark.parametrize("text, said", [
+    (b"Once upon a time there was a cat.\n", "fewer than two stories"),
+    (b"\xff\xfe", "cannot read"),
+    (None, "cannot read"),
+])
+def test_training_refuses_what_it_cannot_learn_from(tmp_path, text, said):
+    stories = tmp_path / "stories.txt"
+    if text is not None:
+        stories.write_bytes(text)
+    done = subprocess.run(
+        [sys.executable, BUNDLED / "train.py", stories, "--out", tmp_path / "out"],
+        capture_output=True, text=True)
+    assert done.returncode == 2
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
 
 PROGRAMS = [*(ROOT / "tools").glob("*.py"), BUNDLED / "train.py"]
 

@@ -33,6 +33,7 @@ import os
 import random
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -408,9 +409,19 @@ def load(model: Llama, optimizers, path: Path, args) -> int:
     return state["step"]
 
 
+def refuse(why: str):
+    print(f"train.py: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
 def main():
     args = arguments()
-    stories = read_stories(args.stories)
+    try:
+        stories = read_stories(args.stories)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        refuse(f"cannot read {args.stories}: {error}")
+    if len(stories) < 2:
+        refuse(f"{args.stories}: fewer than two stories; a line <|endoftext|> ends each")
     tokenizer = learn_tokenizer(stories)
     train, test = encode(stories, tokenizer)
     print(f"{len(train)} stories of {sum(map(len, train)):,} tokens, {len(test)} held out",
