@@ -355,10 +355,19 @@ def arguments() -> argparse.Namespace:
     add("--draft-weight", type=float, default=1.5,
         help="of the drafts' divergence in the last part; 1 before it")
     add("--save-every", type=int, default=100)
-    add("--average", nargs="+", metavar="STATE=SHARE", default=[],
+    add("--average", nargs="+", metavar="STATE=SHARE", type=state_and_share,
         help="do not train: write the folder of the mean of these states, as old.pt=0.4 new.pt=0.6")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
+
+
+def state_and_share(text: str) -> tuple[Path, float]:
+    path, _, share = text.rpartition("=")
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: there is no file {path or text}")
+    if not 0 < float(share) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: a share must be above 0")
+    return Path(path), float(share)
 
 
 def new_model(device: str) -> Llama:
@@ -381,10 +390,11 @@ def make_optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def average(model: Llama, paths: list[Path], shares: list[float]):
-    """Fill the model with the mean of saved states, weighted by ``shares``, which sum to 1."""
+def average(model: Llama, pairs: list[tuple[Path, float]]):
+    """Fill the model with the mean of saved states, weighted by their shares."""
+    paths, shares = zip(*pairs)
     states = [torch.load(path, map_location="cpu", weights_only=True)["model"] for path in paths]
-    mean = {name: sum(share * state[name] for share, state in zip(shares, states))
+    mean = {name: sum(share * state[name] for share, state in zip(shares, states)) / sum(shares)
             for name in states[0]}
     model.load_state_dict(mean)
 
@@ -429,8 +439,7 @@ def main():
 
     model = new_model(args.device)
     if args.average:
-        pairs = [pair.rsplit("=", 1) for pair in args.average]
-        average(model, [Path(path) for path, _ in pairs], [float(share) for _, share in pairs])
+        average(model, args.average)
         write_folder(model, tokenizer, args.out)
         return
     optimizers = make_optimizers(model, args)
