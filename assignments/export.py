@@ -99,7 +99,7 @@ def export(out: Path, problems: list[int]):
 def stripped(problems: list[int]) -> Stripped:
     """Modules without what is assigned, the tests that go along, and the handout."""
     modules = exported_modules()
-    sources = {name: path.read_text() for name, path in modules.items()}
+    sources = {name: path.read_text(encoding="utf-8") for name, path in modules.items()}
     for module, bodies in new_bodies(problems).items():
         if module not in sources:
             raise ExportError(f"{module} is not among the exported modules")
@@ -107,7 +107,7 @@ def stripped(problems: list[int]) -> Stripped:
     for module, path in stand_ins(problems).items():
         if module not in sources:
             raise ExportError(f"{module} is not among the exported modules")
-        sources[module] = path.read_text()
+        sources[module] = path.read_text(encoding="utf-8")
     text = handout(problems)
     tests = exported_tests(modules.keys() - stand_ins(problems).keys(), problems)
     return Stripped(without_helpers(sources, tests.values(), text), tests, text)
@@ -115,7 +115,7 @@ def stripped(problems: list[int]) -> Stripped:
 
 def write(path: Path, text: str):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------- what is taken out
@@ -249,7 +249,7 @@ def exported_modules() -> dict[str, Path]:
     while wanted:
         name = wanted.pop()
         found[name] = known[name]
-        imported = imports(known[name].read_text())
+        imported = imports(known[name].read_text(encoding="utf-8"))
         wanted |= imported & known.keys() - found.keys() - KEPT_BACK
     return found
 
@@ -278,7 +278,7 @@ def imports(source: str) -> set[str]:
 
 def exported_tests(modules: Iterable[str], problems: list[int]) -> dict[str, str]:
     """Files of tests/ that import nothing of the project but these modules, and each other."""
-    sources = {path.stem: path.read_text() for path in sorted(TESTS.glob("*.py"))}
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(TESTS.glob("*.py"))}
     elsewhere = project_modules().keys() - set(modules)
     elsewhere |= {path.name for path in ROOT.iterdir() if path.is_dir()} - {"extras"}
     for folder in (ROOT / "tools", HERE):
@@ -309,7 +309,7 @@ def withheld_tests(source: str, problems: list[int]) -> set[str]:
 
 def handout(problems: list[int]) -> str:
     """The handout, without the sections of problems that are not assigned."""
-    text = (HERE / "README.md").read_text()
+    text = (HERE / "README.md").read_text(encoding="utf-8")
     for problem in PROBLEMS.keys() - set(problems):
         section = rf"## Problem {problem}\b.*?(?=\n## )\n"
         text, found = re.subn(section, "", text, flags=re.DOTALL)

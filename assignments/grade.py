@@ -244,7 +244,7 @@ def skeletons(problems: list[int]) -> dict[str, str]:
     """The core as it was handed out: in a student's repository a copy, else made anew."""
     folder = HERE / "checks" / "core"
     if folder.exists():
-        return {name: (folder / f"{name}.py").read_text() for name in CORE}
+        return {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in CORE}
     from export import stripped
     sources = stripped(problems).sources
     return {name: sources[name] for name in CORE}
@@ -322,7 +322,7 @@ def assigned(repo: Path) -> list[int]:
     if not path.exists():
         return list(PROBLEMS)
     try:
-        problems = json.loads(path.read_text())["problems"]
+        problems = json.loads(path.read_text(encoding="utf-8"))["problems"]
         return numbers(",".join(map(str, problems)))
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"{path} does not name the assigned problems: give them by "
@@ -378,7 +378,7 @@ def arguments() -> argparse.Namespace:
 def golden_numbers(seed: int | None) -> dict:
     """The file's, or others from the reference, in a process that knows no student's code."""
     if seed is None:
-        return json.loads((HERE / "checks" / "golden.json").read_text())
+        return json.loads((HERE / "checks" / "golden.json").read_text(encoding="utf-8"))
     command = [sys.executable, str(REFERENCE), "--seed", str(seed)]
     return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 

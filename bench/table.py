@@ -194,7 +194,7 @@ def csv_rows(found: dict, temperature: float) -> list[dict]:
 
 
 def write_csv(path: Path, rows: list[dict]):
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)

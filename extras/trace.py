@@ -200,6 +200,7 @@ def page(found: dict) -> str:
     """The page, a whole HTML file, of what ``record`` found."""
     written = json.dumps(found, separators=(",", ":")).replace("<", "\\u003c")
     text = TEMPLATE.read_text(encoding="utf-8")
-    for place, content in zip(PLACES, (TEMPLATE.with_suffix(".css").read_text(), written)):
+    style = TEMPLATE.with_suffix(".css").read_text(encoding="utf-8")
+    for place, content in zip(PLACES, (style, written)):
         text = text.replace(place, content)
     return text

@@ -85,6 +85,16 @@ def fill_in(repo, out):
     return out
 
 
+def test_an_export_is_the_same_whatever_the_machines_encoding(exported, tmp_path):
+    out = tmp_path / "student"
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "assignments/export.py", out],
+                   cwd=ROOT, env=os.environ | ascii_locale, check=True)
+    for path in exported().rglob("*.*"):
+        if path.is_file() and "__pycache__" not in path.parts:
+            assert (out / path.relative_to(exported())).read_bytes() == path.read_bytes()
+
+
 # ---------------------------------------------------------------- points
 
 def test_the_reference_gets_100_points():
@@ -736,15 +746,16 @@ def test_the_handout_of_a_shorter_assignment_has_its_problems_only(exported):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("problems", [ALL, (3,)], ids=str)
-def test_the_exported_tests_pass_on_a_filled_in_export(exported, tmp_path, problems):
+@pytest.mark.parametrize("problems, tests", [(ALL, ""), ((3,), "test_dp_skip.py")], ids=str)
+def test_the_exported_tests_pass_on_a_filled_in_export(exported, tmp_path, problems, tests):
+    """All of the whole course's; of a shorter one's, those of what it assigns."""
     solved = fill_in(exported(problems), tmp_path / "solved")
     names = {path.name for path in (solved / "tests").glob("*.py")}
     assert {"conftest.py", "test_dp_skip.py", "test_speculative.py", "test_model.py"} <= names
     assert not names & {"test_bench.py", "test_assignments.py", "test_cuda_graphs.py"}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}"],
         cwd=solved, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout
     page = tmp_path / "run.html"

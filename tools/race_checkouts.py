@@ -45,12 +45,11 @@ def main():
         parser.error("--rounds must be at least 2")
     ratios = {"CLaSp": [], "plain decoding": []}
     for round_number in range(args.rounds):
-        checkouts = [HERE, args.other]
-        if round_number % 2:                               # who is first may matter
-            checkouts.reverse()
-        found = {checkout: speeds(checkout, handed_on) for checkout in checkouts}
+        checkouts = {"own": HERE, "other": args.other}
+        order = reversed(checkouts) if round_number % 2 else checkouts    # who is first may matter
+        found = {which: speeds(checkouts[which], handed_on) for which in order}
         for name, values in ratios.items():
-            values.append(found[HERE][name] / found[args.other][name])
+            values.append(found["own"][name] / found["other"][name])
     for name, values in ratios.items():
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         print(f"{name}: {median:.3f} of the other's speed (quartiles {low:.3f} to {high:.3f}, "
