@@ -192,6 +192,20 @@ def test_a_sentencepiece_vocabulary_merges_by_score():
     assert tokenizer.decode(tokenizer.encode("ab a\n").ids) == "ab a\n"
 
 
+@pytest.mark.parametrize("fields, expected", [
+    ({}, []),
+    ({"eos_token_id": 1, "eot_token_id": 0}, [0, 1]),
+    ({"eos_token_id": 1, "tokens": ["a", "<end>", "<|eot_id|>", "<|end_of_text|>"]}, [1, 2]),
+])
+def test_an_answer_ends_where_a_turn_does(fields, expected):
+    """Files of 2024 name the end of a text alone."""
+    def field(name, default=None):
+        return ({"tokens": []} | fields).get(name.removeprefix("tokenizer.ggml."), default)
+
+    found = gguf_to_safetensors.generation_config(field)
+    assert found == {"eos_token_id": expected}
+
+
 @pytest.mark.parametrize("room", [0, 5_000])
 def test_large_models_come_in_several_files(tmp_path, monkeypatch, convert, room):
     """Of one tensor each, or of as many as there is room for: the same model."""

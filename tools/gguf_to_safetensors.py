@@ -316,9 +316,15 @@ def write_json(path: Path, value: dict):
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+# Tokens that end a turn in a chat. Files made before GGUF had a field for that do not name theirs.
+ENDS_OF_TURNS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+
+
 def generation_config(field: Field) -> dict:
-    stop = [field(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot")]
-    return {"eos_token_id": sorted({i for i in stop if i is not None})}
+    """Tokens that end an answer: those that the file names, and what ends turns elsewhere."""
+    named = [field(f"tokenizer.ggml.{name}_token_id", None) for name in ("eos", "eot")]
+    known = [i for i, token in enumerate(field("tokenizer.ggml.tokens")) if token in ENDS_OF_TURNS]
+    return {"eos_token_id": sorted({i for i in [*named, *known] if i is not None})}
 
 
 def tokenizer_config(field: Field, config: dict) -> dict:
