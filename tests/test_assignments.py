@@ -349,12 +349,12 @@ def test_a_cheat_gets_nothing_at_the_end_of_a_file_or_in_a_function(exported, tm
     assert "is not allowed" in results["output"]
 
 
-def for_marks(repo, problems, *options) -> dict:
-    """By the project's copy of the grader, on cases made anew."""
+def for_marks(repo, problems, *options, seed=("--seed", "3")) -> dict:
+    """By the project's copy of the grader, on cases made anew, which takes its time."""
     names = ",".join(map(str, problems))
     done = subprocess.run(
         [sys.executable, str(HERE / "grade.py"), str(repo), "--json", "--problems", names,
-         "--seed", "3", *options], capture_output=True, text=True)
+         *seed, *options], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return json.loads(done.stdout)
 
@@ -765,7 +765,13 @@ def test_the_exported_tests_pass_on_a_filled_in_export(exported, tmp_path, probl
     assert done.returncode == 0 and page.exists(), done.stderr
 
 
-def test_what_stands_in_for_a_file_has_what_generate_wants_of_it(exported):
+def names_wanted_of(module: str, paths) -> set[str]:
+    trees = [ast.parse(path.read_text()) for path in paths]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {alias.name for node in nodes if node.module == module for alias in node.names}
+
+
+def test_what_stands_in_for_a_file_has_what_others_want_of_it(exported):
     cases = [
         (1, "packed", {"choose_form", "choose_threads", "pack"}),
         (6, "auto", {"Auto"}),
@@ -775,10 +781,10 @@ def test_what_stands_in_for_a_file_has_what_generate_wants_of_it(exported):
         out = exported((problem,))
         stand_in = (out / "extras" / f"{module}.py").read_text()
         assert stand_in == (HERE / "stand_ins" / f"{module}.py").read_text()
-        tree = ast.parse((out / "generate.py").read_text())
-        imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-        wanted = [node for node in imported if node.module == f"extras.{module}"]
-        assert {alias.name for node in wanted for alias in node.names} == names
+        assert names_wanted_of(f"extras.{module}", [out / "generate.py"]) == names
+        programs = [*out.glob("*.py"), *(out / "extras").glob("*.py")]
+        for name in names_wanted_of(f"extras.{module}", programs):
+            assert re.search(rf"^(def |class )?{name}\b", stand_in, re.MULTILINE), name
         assert not (out / "tests" / f"test_{module}.py").exists()
         assert stand_in != (exported((5,)) / "extras" / f"{module}.py").read_text()
 
@@ -1034,7 +1040,7 @@ def test_the_leaderboard_counts_by_itself(short_leaderboard):
 ])
 def test_a_leaderboard_that_cannot_be_says_why_and_costs_no_points(solved, text, said):
     (solved / "entry.py").write_text(text)
-    results = for_marks(solved, (5,), "--leaderboard")
+    results = for_marks(solved, (5,), "--leaderboard", seed=())
     assert results["score"] == FULL[5]
     assert said in results["output"]
     assert "leaderboard" not in results

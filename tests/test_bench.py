@@ -55,8 +55,8 @@ def target() -> Target:
 @pytest.fixture(scope="module")
 def methods(target) -> dict[str, Method]:
     with pytest.MonkeyPatch.context() as patch:           # short searches
-        patch.setattr(fixed, "TRIALS", 20)
-        patch.setattr(search, "SELF_SD_TRIALS", 60)
+        patch.setattr(fixed, "TRIALS", 8)
+        patch.setattr(search, "SELF_SD_TRIALS", 16)
         return new_methods(NAMES, target, seed=0)
 
 
