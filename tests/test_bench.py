@@ -2,6 +2,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -614,6 +615,14 @@ def test_checkouts_are_raced_with_what_stands_after_two_dashes(argv, word):
     done = run_tool("race_checkouts.py", *argv)
     assert done.returncode != 0
     assert word in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_eight_bits_cost_is_said_with_its_error():
+    done = run_tool("weights.py", "--device", DEVICE, "--pieces", "2")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"in int8 [\d.]+ \([+-][\d.]+ %, standard error [\d.]+\)", done.stdout)
+    done = run_tool("weights.py", "--pieces", "1")
+    assert done.returncode == 2 and "at least 2" in done.stderr
 
 
 def test_texts_too_short_to_study_are_refused():
