@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from extras.packed import is_computed, is_x86
+from extras.packed import has_arithmetic, is_x86
 from extras.shares import Share, can_share
 from model import BLOCK, Config, whole_blocks
 from speculative import PREFILL_ROWS, require
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
     def is_widened(self) -> bool:
         """Kept by FBGEMM: 16-bit weights for a CPU that computes in float32?"""
         is_packed = self.weights is None and is_x86(self.device)
-        return is_packed and self.weight_bytes == 2 and not is_computed(self.dtype)
+        return is_packed and self.weight_bytes == 2 and not has_arithmetic(self.dtype)
 
     @property
     def slot_bytes(self) -> int:

@@ -93,7 +93,7 @@ def choose_form(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module
         if not isinstance(linear, nn.Linear | nn.Embedding):
             return linear                                # it has one
         weight = linear.weight
-        if is_computed(dtype):
+        if has_arithmetic(dtype):
             return PackedLinear(weight)
         if has_fbgemm and all(saved_in_16_bits(part) for part in weight.split(CHUNK)):
             return Float16Linear(weight, small)
@@ -104,8 +104,8 @@ def choose_form(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module
     return form
 
 
-def is_computed(dtype: torch.dtype) -> bool:
-    """In 16 bits, by this CPU itself?"""
+def has_arithmetic(dtype: torch.dtype) -> bool:
+    """Is this a dtype of 16 bits that the CPU computes in by itself?"""
     return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

@@ -47,7 +47,7 @@ def test_all_numbers_of_a_layer_are_counted(plan):
 @pytest.mark.skipif(not is_x86(CPU), reason="FBGEMM is not used")
 def test_columns_that_fbgemm_adds_are_counted(monkeypatch):
     """A matrix of 576 columns takes 1,024."""
-    monkeypatch.setattr(memory, "is_computed", lambda dtype: False)
+    monkeypatch.setattr(memory, "has_arithmetic", lambda dtype: False)
     plan = Plan(SHAPES["smollm2-135m"], CPU, torch.bfloat16, tokens=64)
     assert memory.kept(plan, 3, 576) == 3 * 1024
     assert memory.kept(plan, 3, 1024) == 3 * 1024

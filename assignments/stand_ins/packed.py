@@ -8,7 +8,7 @@ def is_x86(device):
     return False
 
 
-def is_computed(dtype):
+def has_arithmetic(dtype):
     return False
 
 
