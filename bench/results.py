@@ -54,8 +54,7 @@ def header_of(target: Target, args, questions: list[Question]) -> dict:
 
     Not how often and at which temperatures: those may be added to.
     """
-    asked = [(question.name, question.group, target.encode(question.turns[:1]), question.turns)
-             for question in questions]
+    asked = [(*question, target.encode(question.turns[:1])) for question in questions]
     return {
         "model": target.name,
         "weights": target.fingerprint,

@@ -26,6 +26,7 @@ DEVICE = os.environ.get("CLASP_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""           # the programs would take a GPU that is there
 REAL = os.environ.get("CLASP_REAL_MODEL")
+IN_ASCII = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}   # a locale
 THREADS = torch.get_num_threads()
 torch.set_num_threads(1)                              # on cores that others use, threads only wait
 

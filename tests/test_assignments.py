@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import IN_ASCII, ROOT
 
 HERE = ROOT / "assignments"
 sys.path.insert(0, str(HERE))
@@ -87,9 +87,8 @@ def fill_in(repo, out):
 
 def test_an_export_is_the_same_whatever_the_machines_encoding(exported, tmp_path):
     out = tmp_path / "student"
-    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "assignments/export.py", out],
-                   cwd=ROOT, env=os.environ | ascii_locale, check=True)
+                   cwd=ROOT, env=IN_ASCII, check=True)
     for path in exported().rglob("*.*"):
         if path.is_file() and "__pycache__" not in path.parts:
             assert (out / path.relative_to(exported())).read_bytes() == path.read_bytes()

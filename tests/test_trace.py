@@ -1,7 +1,6 @@
 """The page of a run (--trace): what is recorded is what happened, and the page shows it."""
 import html
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_model, tokens_of
+from conftest import IN_ASCII, ROOT, random_model, tokens_of
 
 import generate
 from checkpoint import BUNDLED, Tokenizer
@@ -166,14 +165,11 @@ def test_the_command_line_writes_the_page_of_its_run(tmp_path, capsys):
     assert "http" not in file.read_text(encoding="utf-8").replace("http://www.w3.org/", "")
 
 
-ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}      # a machine's locale
-
-
 def test_the_page_is_the_same_whatever_the_machines_encoding(tmp_path):
     file = tmp_path / "run.html"
     done = subprocess.run(
         [sys.executable, "generate.py", "--max-new-tokens", "5", "--trace", file],
-        cwd=ROOT, env=os.environ | ASCII, capture_output=True, text=True)
+        cwd=ROOT, env=IN_ASCII, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "↵" in file.read_text(encoding="utf-8")
 

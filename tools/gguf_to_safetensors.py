@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -380,6 +381,7 @@ def main():
         refuse(f"{args.out} exists already")
     reader = open_reader(gguf, args.gguf)
 
+    @cache                                             # vocabularies are long, and asked for thrice
     def field(name: str, *default):
         if name in reader.fields:
             return reader.fields[name].contents()
