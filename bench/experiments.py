@@ -199,8 +199,9 @@ def acceptance(target: Target, prompts: list[Prompt], others: list[Prompt]) -> l
 
 def written(target: Target, prompts: list[Prompt], length: int) -> list[fixed.Written]:
     """The prompts with their answers, as far as these are long enough for two drafts."""
+    opt_tokens = target.settings["opt_tokens"]
     texts = [
-        fixed.Written(target.model, prompt.tokens, prompt.answer, length)
+        fixed.Written(target.model, prompt.tokens, prompt.answer, length, opt_tokens)
         for prompt in prompts if len(prompt.answer) > 2 * length + 2
     ]
     require(len(texts) >= 1, f"no answer is longer than two drafts of {length} tokens")

@@ -33,14 +33,16 @@ class Written:
     """A greedy text of the whole model, with the states, keys and values of all its tokens."""
 
     @torch.inference_mode()
-    def __init__(self, model: Llama, prompt: list[int], answer: list[int], length: int):
-        """length: tokens of a draft."""
+    def __init__(
+        self, model: Llama, prompt: list[int], answer: list[int], length: int, opt_tokens: int = 1
+    ):
+        """length: tokens of a draft. opt_tokens: the most that ``chosen`` is asked to go by."""
         self.model = model
         self.tokens = [*prompt, *answer]
         self.length = length
         self.first = len(prompt) - 1                      # the place of the first draft
         layers = len(model.layers)
-        self.scratch = max(AHEAD * length, COUNTED_TOKENS * layers)
+        self.scratch = max(AHEAD * length, COUNTED_TOKENS * layers, opt_tokens * layers)
         self.cache = KVCache(model, len(self.tokens), self.scratch)
         states = model(as_row(model, self.tokens), self.cache)
         self.states = torch.stack([state[0] for state in states])     # (L+1, tokens, hidden)

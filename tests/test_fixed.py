@@ -15,6 +15,7 @@ from speculative import Clasp, FixedSet, Stats, autoregressive, decode
 
 LENGTH = 3
 PROMPT = 12
+MOST_TOKENS = 60              # more than the scratch of a draft at many places has room for
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,8 @@ def model():
 
 def written(model, seed: int, tokens: int = 60) -> Written:
     prompt = tokens_of(model, PROMPT, seed)
-    return Written(model, prompt, list(autoregressive(model, prompt, tokens)), LENGTH)
+    answer = list(autoregressive(model, prompt, tokens))
+    return Written(model, prompt, answer, LENGTH, opt_tokens=MOST_TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_a_walk_accepts_what_decoding_accepts(model, texts, skip):
         assert counts == decoded[:len(counts)]
 
 
-@pytest.mark.parametrize("tokens, interval", [(1, 4), (8, 1), (8, 128)])
+@pytest.mark.parametrize("tokens, interval", [(1, 4), (8, 1), (8, 128), (MOST_TOKENS, 4)])
 def test_a_walk_by_the_dp_accepts_what_clasp_accepts(model, texts, tokens, interval):
     for text in texts:
         clasp = Clasp(model, 4, LENGTH, opt_interval=interval, opt_tokens=tokens)
