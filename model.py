@@ -48,10 +48,23 @@ class Config:
     tie_word_embeddings: bool = False
 
     @property
+    def layer_shapes(self) -> list[tuple[int, int]]:
+        """Rows and columns of a layer's matrices."""
+        hidden = self.hidden_size
+        inner = self.intermediate_size
+        queries = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        return [
+            (queries + 2 * keys, hidden),                    # q, k and v in one
+            (hidden, queries),                               # o
+            (2 * inner, hidden),                             # gate and up in one
+            (hidden, inner),                                 # down
+        ]
+
+    @property
     def layer_weights(self) -> int:
-        """Numbers in the matrices of one layer: q and o, k and v, and the three of the MLP."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        return self.hidden_size * (heads * self.head_dim + 3 * self.intermediate_size)
+        """Numbers in the matrices of one layer."""
+        return sum(rows * columns for rows, columns in self.layer_shapes)
 
 
 def inverse_frequencies(config: Config) -> Tensor:

@@ -81,18 +81,10 @@ def needed(plan: Plan) -> Need:
 def weights_need(plan: Plan) -> int:
     c = plan.share
     embedding = c.vocab_size * c.hidden_size
-    matrices = c.num_hidden_layers * sum(kept(plan, *shape) for shape in layer_shapes(c))
+    matrices = c.num_hidden_layers * sum(kept(plan, *shape) for shape in c.layer_shapes)
     if not c.tie_word_embeddings or plan.weights or is_x86(plan.device):
         matrices += kept(plan, c.vocab_size, c.hidden_size)          # the head
     return embedding * plan.dtype.itemsize + matrices * plan.weight_bytes
-
-
-def layer_shapes(config: Config) -> list[tuple[int, int]]:
-    """Rows and columns of a layer's qkv, o, gate and up, down."""
-    queries = config.num_attention_heads * config.head_dim
-    qkv = queries + 2 * config.num_key_value_heads * config.head_dim
-    hidden, inner = config.hidden_size, config.intermediate_size
-    return [(qkv, hidden), (hidden, queries), (2 * inner, hidden), (hidden, inner)]
 
 
 def kept(plan: Plan, rows: int, columns: int) -> int:

@@ -38,12 +38,6 @@ def test_eight_bits_halve_all_but_the_embedding():
     assert needed(plan_of(weights="int8")).weights == rest // 2 + 2 * embedding
 
 
-@pytest.mark.parametrize("plan", [plan_of(), plan_of(processes=2)._replace(config=SHAPES["tiny"])])
-def test_all_numbers_of_a_layer_are_counted(plan):
-    counted = sum(rows * columns for rows, columns in memory.layer_shapes(plan.share))
-    assert counted == plan.share.layer_weights
-
-
 @pytest.mark.skipif(not is_x86(CPU), reason="FBGEMM is not used")
 def test_columns_that_fbgemm_adds_are_counted(monkeypatch):
     """A matrix of 576 columns takes 1,024."""

@@ -109,3 +109,9 @@ def test_the_cache_has_scratch_slots_for_a_pass_and_for_the_dp():
             assert capacity >= tokens + max(rows, 6)
             assert cache.tokens % 128 == 0
             assert len(cache.cos) == len(cache.sin) == capacity
+
+
+def test_a_config_knows_the_shapes_of_its_layers():
+    model = random_model(layers=1)
+    matrices = [tuple(p.shape) for p in model.layers[0].parameters() if p.ndim == 2]
+    assert matrices == model.config.layer_shapes
