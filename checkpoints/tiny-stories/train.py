@@ -30,8 +30,10 @@ import gzip
 import itertools
 import json
 import os
+import pickle
 import random
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -349,22 +351,30 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("stories", type=Path, help="text, a line <|endoftext|> after each story; may be gzipped")
     add("--out", type=Path, required=True, help="folder for the model and the state to resume from")
-    add("--steps", type=int, default=3500)
+    add("--steps", type=positive, default=3500)
     add("--rate", type=float, default=5e-3, help="peak learning rate")
     add("--weight-decay", type=float, default=0.1, help="of the layers' matrices")
     add("--draft-weight", type=float, default=1.5,
         help="of the drafts' divergence in the last part; 1 before it")
-    add("--save-every", type=int, default=100)
+    add("--save-every", type=positive, default=100)
     add("--average", nargs="+", metavar="STATE=SHARE", type=state_and_share,
         help="do not train: write the folder of the mean of these states, as old.pt=0.4 new.pt=0.6")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
+
+
 def state_and_share(text: str) -> tuple[Path, float]:
     path, _, share = text.rpartition("=")
+    if not path:
+        raise argparse.ArgumentTypeError(f"{text}: a share is missing, as in {text}=0.5")
     if not Path(path).is_file():
-        raise argparse.ArgumentTypeError(f"{text}: there is no file {path or text}")
+        raise argparse.ArgumentTypeError(f"{text}: there is no file {path}")
     if not 0 < float(share) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: a share must be above 0")
     return Path(path), float(share)
@@ -390,33 +400,55 @@ def make_optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
-def average(model: Llama, pairs: list[tuple[Path, float]]):
+def average(model: Llama, pairs: list[tuple[Path, float]], tokenizer: Tokenizer):
     """Fill the model with the mean of saved states, weighted by their shares."""
     paths, shares = zip(*pairs)
-    states = [torch.load(path, map_location="cpu", weights_only=True)["model"] for path in paths]
+    states = [read_state(path, tokenizer, "cpu")["model"] for path in paths]
     mean = {name: sum(share * state[name] for share, state in zip(shares, states)) / sum(shares)
             for name in states[0]}
     model.load_state_dict(mean)
 
 
-def save(model: Llama, optimizers, step: int, path: Path):
-    state = {"step": step, "model": model.state_dict(),
+def save(model: Llama, tokenizer: Tokenizer, optimizers, step: int, path: Path):
+    state = {"step": step, "model": model.state_dict(), "tokenizer": tokenizer.to_str(),
              "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     torch.save(state, path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
 
 
-def load(model: Llama, optimizers, path: Path, args) -> int:
+def read_state(path: Path, tokenizer: Tokenizer, device: str) -> dict:
+    """What ``save`` wrote. Of another text's tokens the weights would make no sense."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        learnt = state["tokenizer"]
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError):
+        refuse(f"{path} is not a state that this script saved")
+    if learnt != tokenizer.to_str():
+        refuse(f"{path} was trained on another text, whose tokens are others; take that text, or "
+               "another folder for --out")
+    return state
+
+
+def load(model: Llama, tokenizer: Tokenizer, optimizers, path: Path, args) -> int:
     """Fill model and optimizers from a saved state, if any; return the step to go on with."""
     if not path.exists():
         return 0
-    state = torch.load(path, map_location=args.device, weights_only=True)
+    state = read_state(path, tokenizer, args.device)
     model.load_state_dict(state["model"])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
     for group in optimizers[0].param_groups:
         group["weight_decay"] = args.weight_decay                 # may be changed on resuming
     return state["step"]
+
+
+def make_folder(out: Path):
+    """Find out before hours of training whether files can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        refuse(f"cannot write to --out: {error}")
 
 
 def refuse(why: str):
@@ -432,6 +464,7 @@ def main():
         refuse(f"cannot read {args.stories}: {error}")
     if len(stories) < 2:
         refuse(f"{args.stories}: fewer than two stories; a line <|endoftext|> ends each")
+    make_folder(args.out)
     tokenizer = learn_tokenizer(stories)
     train, test = encode(stories, tokenizer)
     print(f"{len(train)} stories of {sum(map(len, train)):,} tokens, {len(test)} held out",
@@ -439,11 +472,11 @@ def main():
 
     model = new_model(args.device)
     if args.average:
-        average(model, args.average)
+        average(model, args.average, tokenizer)
         write_folder(model, tokenizer, args.out)
         return
     optimizers = make_optimizers(model, args)
-    first = load(model, optimizers, args.out / "state.pt", args)
+    first = load(model, tokenizer, optimizers, args.out / "state.pt", args)
     passes = Passes(model)
     source = itertools.islice(batches(train, ROWS), first, None)
     started = time.time()
@@ -479,7 +512,7 @@ def main():
             print(f"step {step + 1}: held-out "
                   + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()), flush=True)
             write_folder(model, tokenizer, args.out)
-            save(model, optimizers, step + 1, args.out / "state.pt")
+            save(model, tokenizer, optimizers, step + 1, args.out / "state.pt")
 
 
 if __name__ == "__main__":
