@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from dp_skip import Selection, distances, relative_distances, select_layers
-from model import BLOCK, KVCache, Llama, ModelError, whole_blocks
+from model import BLOCK, Config, KVCache, Llama, ModelError, whole_blocks
 
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly
 LIKELIEST = 256               # tokens among which top-p looks first
@@ -666,15 +666,23 @@ def require_possible(
     seed: int,
     stats: Stats,
 ):
-    context = model.config.max_position_embeddings
     require(len(prompt) >= 1, "the prompt is empty")
     require(max_new_tokens >= 1, "the number of new tokens must be at least 1")
-    require(len(prompt) + max_new_tokens <= context,
-            f"{len(prompt)} prompt tokens and {max_new_tokens} new ones do not fit the model's "
-            f"context of {context}")
-    require(0 <= min(prompt) and max(prompt) < model.config.vocab_size,
-            "the prompt has tokens outside the model's vocabulary")
+    require_readable(model.config, prompt, max_new_tokens)
+    require_sampling(temperature, top_p, seed)
     require(not stats.tokens, "these statistics are of another text: take new ones")
+
+
+def require_readable(config: Config, text: list[int], max_new_tokens: int = 0):
+    context = config.max_position_embeddings
+    require(len(text) + max_new_tokens <= context,
+            f"{len(text)} prompt tokens and {max_new_tokens} new ones do not fit the model's "
+            f"context of {context}")
+    require(0 <= min(text) and max(text) < config.vocab_size,
+            "the prompt has tokens outside the model's vocabulary")
+
+
+def require_sampling(temperature: float, top_p: float = 1.0, seed: int = 0):
     require(temperature == 0 or temperature >= 1e-6,
             "the temperature must be 0 (greedy) or at least 1e-6")
     require(0 <= seed < 2 ** 63, "the seed must lie between 0 and 2^63 - 1")

@@ -28,7 +28,7 @@ from bench.table import table, write_csv
 from bench.target import Target, add_model_arguments, load_target
 from generate import Parser, say
 from model import ModelError
-from speculative import SettingsError, require
+from speculative import SettingsError, require, require_sampling
 
 METHODS = "clasp,auto,best-fixed,self-sd,swift,even,random,prompt-lookup"
 STEP_REPEATS = 9              # at least: steps are short
@@ -87,6 +87,8 @@ def numbers(text: str) -> list[float]:
 
 def require_sensible(args: argparse.Namespace):
     require(args.repeat >= 1, "--repeat must be at least 1")
+    for temperature in args.temperatures:
+        require_sampling(temperature, seed=args.seed)
     file = args.speed or args.out
     require(file.parent.is_dir(), f"there is no folder {file.parent}")
     if not (args.speed or args.figures):

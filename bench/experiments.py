@@ -55,9 +55,13 @@ def sets_of_texts(target: Target, prompts: list[Prompt]) -> list[list[frozenset[
     """For each prompt, the set that the DP chooses at each new token."""
     method = Method(SetAtEveryToken(target.model, paper_share(target.layers)))
     texts = []
+    context = target.model.config.max_position_embeddings
     for prompt in prompts[:PERSISTENCE_PROMPTS]:
-        stats, _ = run(target, method, prompt.tokens, PERSISTENCE_TOKENS)
+        count = min(PERSISTENCE_TOKENS, context - len(prompt.tokens))
+        stats, _ = run(target, method, prompt.tokens, count)
         texts.append([skip for _, skip in stats.skip_sets])
+    require(all(len(sets) >= 2 for sets in texts),
+            f"one of the first {len(texts)} answers is too short to compare sets of its tokens")
     return texts
 
 

@@ -15,6 +15,7 @@ from bench.target import Target
 from speculative import FixedSet, Outcome, Text, autoregressive
 
 SELF_SD_TRIALS = 500
+OPTUNAS_SEEDS = 2 ** 32
 SWIFT_TRIALS = 200
 SCORED = 64                   # tokens of each text on which Self-SD tries a set
 CONTEXT = 64                  # last tokens of the text that SWIFT runs ...
@@ -41,7 +42,7 @@ class Search:
         self.score = -1.0                                # of the best
         self.scores = []                                 # of all, in the order in which they came
         sampler = optuna.samplers.TPESampler(
-            n_startup_trials=trials // 3, multivariate=True, seed=seed)
+            n_startup_trials=trials // 3, multivariate=True, seed=seed % OPTUNAS_SEEDS)
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
         for skip in first:
             self.study.enqueue_trial({f"layer {i}": float(i in skip) for i in self.layers})

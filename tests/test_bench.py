@@ -1,11 +1,7 @@
 """bench/: every method writes the whole model's text; results are kept, summed up and drawn."""
 import itertools
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +9,7 @@ import pytest
 pytest.importorskip("optuna")
 pytest.importorskip("matplotlib")
 
-from conftest import DEVICE, ROOT, random_model
+from conftest import DEVICE, random_model
 
 import bench.race
 from bench import __main__ as program
@@ -485,6 +481,23 @@ def test_the_dp_chooses_a_set_at_every_token_for_figure_3a(target, prompt):
     assert stats.drafted == 0
 
 
+def test_figure_3a_asks_for_no_more_tokens_than_fit(target, prompt):
+    long = prompt * (500 // len(prompt))
+    assert len(long) + experiments.PERSISTENCE_TOKENS > 512
+    (sets,) = experiments.sets_of_texts(target, [Prompt("q", 0, "chat", long, [])])
+    assert 2 <= len(sets) <= 512 - len(long)
+
+
+def test_figure_3a_refuses_answers_without_two_sets(target, prompt, monkeypatch):
+    monkeypatch.setattr(experiments, "PERSISTENCE_TOKENS", 1)
+    with pytest.raises(SettingsError, match="too short"):
+        experiments.sets_of_texts(target, [Prompt("q", 0, "chat", prompt, [])])
+
+
+def test_searches_take_any_seed():
+    assert search.Search(small_target(), 2 ** 40, trials=1).budget > 0
+
+
 def test_the_steps_are_timed_and_compared_with_transformers(tmp_path, capsys):
     pytest.importorskip("transformers")
     path = tmp_path / "steps.md"
@@ -512,6 +525,8 @@ def test_the_steps_are_timed_and_compared_with_transformers(tmp_path, capsys):
     (["--out", "/no/x.jsonl"], "no folder /no"),
     (["--out", ""], ".jsonl"),
     (["--synthetic", "llama3-8b", "--model", "x"], "not both"),
+    (["--temperatures", "0,1e-9"], "temperature must be"),
+    (["--seed", "-1"], "seed must lie"),
 ], ids=str)
 def test_mistakes_are_one_line(tmp_path, capsys, argv, word):
     assert program.main([*TINY, "--out", str(tmp_path / "x.jsonl"), *argv]) == 2
@@ -539,146 +554,3 @@ def test_the_models_folder_is_shown_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "models" / "one").mkdir(parents=True)
     shown = program.command(["--model", "models/one"], "models/one")
     assert shown == "python -m bench --model one"
-
-
-# ---------------------------------------------------------------- tools that measure
-
-PROGRAMS = [*(ROOT / "tools").glob("*.py"), BUNDLED / "train.py"]
-
-
-@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_every_program_says_how_it_is_used(path):
-    """So it can be imported, at least."""
-    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "usage: " in done.stdout or path.name == "common.py"
-
-
-def run_tool(name: str, *argv: str) -> subprocess.CompletedProcess:
-    """In one thread: on a small model others would only wait."""
-    command = [sys.executable, str(ROOT / "tools" / name), *argv]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("what, options, shown", [
-    ("equal", ["--prompts", "2", "--max-new-tokens", "20"], "8 runs of 20 greedy tokens"),
-    ("slice", ["--positions", "20"], "| 10 |"),
-    ("dp", [], "420 sets equal"),
-    ("equal", ["--prompts", "2", "--max-new-tokens", "150", "--synthetic", "tiny",
-               "--cuda-graphs"], "8 runs of 150 greedy tokens"),
-])
-def test_a_model_is_verified(what, options, shown):
-    done = run_tool("verify.py", what, "--device", DEVICE, *options)
-    if "no number of rows is exact" in done.stderr:
-        pytest.skip("no number of rows is exact on this machine")
-    assert done.returncode == 0, done.stderr
-    assert shown in done.stdout
-    if what == "equal":
-        assert "0 differ from plain decoding" in done.stdout
-        assert "; 0 of " in done.stdout
-
-
-@pytest.mark.parametrize("what, options, shown", [
-    ("reject", ["--prompts", "1", "--max-new-tokens", "60"], "| 18 |"),
-    ("sweep", ["--max-new-tokens", "2", "--budgets", "17", "--repeat", "1", "--temperatures",
-               "0"], "| overall |"),
-])
-def test_auto_is_studied(what, options, shown):
-    done = run_tool("study_auto.py", what, "--device", DEVICE, *options)
-    assert done.returncode == 0, done.stderr
-    assert shown in done.stdout
-
-
-@pytest.mark.parametrize("argv, word", [
-    ([".", "--rounds", "1"], "at least 2"),
-    (["/no", "--rounds", "2", "--", "--max-new-tokens", "8"], "/no"),
-    ([], "required"),
-])
-def test_checkouts_are_raced_with_what_stands_after_two_dashes(argv, word):
-    done = run_tool("race_checkouts.py", *argv)
-    assert done.returncode != 0
-    assert word in done.stderr and "Traceback" not in done.stderr
-
-
-def test_what_eight_bits_cost_is_said_with_its_error():
-    done = run_tool("weights.py", "--device", DEVICE, "--pieces", "2")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"in int8 [\d.]+ \([+-][\d.]+ %, standard error [\d.]+\)", done.stdout)
-    done = run_tool("weights.py", "--pieces", "1")
-    assert done.returncode == 2 and "at least 2" in done.stderr
-
-
-def test_texts_too_short_to_study_are_refused():
-    done = run_tool("study_auto.py", "reject", "--prompts", "1", "--max-new-tokens", "5")
-    assert done.returncode == 2
-    assert "too short" in done.stderr
-
-
-@pytest.mark.parametrize("name", ["verify.py", "study_auto.py"])
-@pytest.mark.parametrize("argv, word", [
-    (["nothing"], "invalid choice"),
-    ([], "required"),
-    (["equal", "--model", "/no"], "no folder"),
-    (["equal", "--prompts", "0"], "at least 1"),
-    (["equal", "--device", "tpu"], "unknown device"),
-    (["equal", "--model", "/no", "--synthetic", "tiny"], "not both"),
-], ids=str)
-def test_mistakes_of_the_tools_are_one_line(name, argv, word):
-    argv = ["reject" if name == "study_auto.py" and arg == "equal" else arg for arg in argv]
-    done = run_tool(name, *argv)
-    assert done.returncode == 2
-    assert word in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("positions", [("3",), ("20", "100000")])
-def test_places_outside_the_text_are_refused(positions):
-    done = run_tool("verify.py", "slice", "--positions", *positions)
-    assert done.returncode == 2
-    assert "the text's end" in done.stderr
-
-
-# ---------------------------------------------------------------- what is to be run on a GPU
-
-needs_no_gpu = pytest.mark.skipif(DEVICE != "cpu", reason="there it runs for good")
-
-
-@needs_no_gpu
-@pytest.mark.thorough
-def test_all_stages_write_their_tables(tmp_path):
-    done = run_tool("gpu_check.py", "all", "--tiny", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    written = {path.stem: path.read_text() for path in tmp_path.glob("*.md")}
-    shown = {
-        "gpu-environment": "memory reads at",
-        "gpu-tests": " passed",
-        "gpu-equal": "0 differ from plain decoding",
-        "gpu-steps": "| llama3-8b | 40 | yes |",
-        "gpu-table": "residual 0.04",
-        "gpu-memory": "captures",
-        "gpu-large": "| llama3-70b | 20 | yes |",
-    }
-    for stage, text in shown.items():
-        assert text in written[stage]
-    assert not any("failed" in text for text in written.values())
-
-
-@needs_no_gpu
-def test_a_stage_that_fails_says_so_and_the_next_one_runs(tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "gpu-memory.md").mkdir()                          # cannot be written
-    done = run_tool("gpu_check.py", "memory", "environment", "--tiny", "--out", str(out))
-    assert done.returncode == 1
-    assert "failed: memory" in done.stderr
-    assert "memory reads at" in (out / "gpu-environment.md").read_text()
-
-
-@needs_no_gpu
-def test_without_a_gpu_it_says_so(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = run_tool("gpu_check.py", "all", "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert "no NVIDIA GPU" in done.stderr
-    assert not list(tmp_path.iterdir())

@@ -89,9 +89,10 @@ def sweep(args):
     target = load_target(args)
     budgets = args.budgets or [round(target.layers * share) for share in SWEPT_SHARES]
     once = Plan(args.max_new_tokens, repeat=1)
-    prompts = ask(target, read_questions(), args.max_new_tokens, {})
+    prompts = ask(target, read_questions(limit=args.prompts), args.max_new_tokens, {})
     fresh = [prompt for prompt in prompts if not is_tried_on(prompt.question)]
-    groups = [*dict.fromkeys(prompt.group for prompt in prompts), None]
+    require(fresh, "no prompt is left beside each group's first, on which auto was tried")
+    groups = [*dict.fromkeys(prompt.group for prompt in fresh), None]
     grid = {
         f"M {budget}, threshold {threshold}, interval {interval}": methods.clasp(
             target, skip_layers=budget, exit_threshold=threshold, opt_interval=interval)

@@ -24,9 +24,11 @@ from bench.steps import timed
 from dp_skip import distances, relative_distances, select_layers, select_layers_plain
 from extras.exact import exact_width
 from model import KVCache
-from speculative import as_row, autoregressive, clasp, optimize, prefill, require
+from speculative import as_row, autoregressive, clasp, optimize, prefill, require, require_readable
 
 DP_TOKENS = (1, 4, 16)        # the DP is checked over the states of so many tokens
+LAST_PLACE = 300              # of those where it is
+PAST_PLACE = 20               # slots behind it
 
 # ---------------------------------------------------------------------------- equal
 
@@ -112,7 +114,8 @@ def bits_of(x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def dp(setup: Setup):
-    text = [token for opening in HELD_OUT for token in setup.encode(opening)]
+    text = [token for opening in HELD_OUT for token in setup.encode(opening)][:LAST_PLACE]
+    require_readable(setup.model.config, text, PAST_PLACE)
     compare_readings(setup, text)
     time_dp(setup, text)
 
@@ -127,11 +130,11 @@ def compare_readings_over(setup: Setup, text: list[int], tokens: int):
     model = setup.model
     layers = len(model.layers)
     budget = layers
-    places = random.Random(0).sample(range(1, min(len(text), 300)), 19)
+    places = random.Random(0).sample(range(1, len(text)), 19)
     equal_sets = 0
     difference = 0.0
     for place in [0, *places]:
-        cache = KVCache(model, place + 20, layers * tokens)
+        cache = KVCache(model, place + PAST_PLACE, layers * tokens)
         hidden = prefill(model, cache, text[:place + 1])[:, -tokens:]
         if place % 2:                                      # write past the place and roll back
             model(as_row(model, text[:7]), cache)

@@ -23,7 +23,7 @@ from checkpoint import BUNDLED, Tokenizer, find_folder, load_model
 from extras.packed import pack
 from generate import Parser, choose_device, form_of_weights
 from model import KVCache, Llama
-from speculative import SettingsError, require
+from speculative import SettingsError, require, require_readable
 
 TOKENS = 256
 
@@ -82,6 +82,8 @@ def run():
     pieces = pieces_of(args, Tokenizer(folder))
     models = [pack(load_model(folder, device, dtype, form_of_weights(weights, device, dtype)))
               for weights in (None, "int8")]
+    for piece in pieces:
+        require_readable(models[0].config, piece)
     found = []
     for piece in tqdm(pieces, leave=False, delay=2, disable=None):
         found.append(difference(*(logits_of(model, piece) for model in models), piece))
