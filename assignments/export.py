@@ -55,6 +55,8 @@ DP_TESTS = "test_dp_skip.py"
 FAST_TEST = "test_fast_calls_each_layer_once_on_at_most_budget_rows"
 THIRD_FORM = "survivors"
 
+TESTS_OF_PROGRAMS = "test_tools"                   # which it runs and does not import
+
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 IGNORED_PROGRAMS = shutil.ignore_patterns("__pycache__", "*.py")       # such as train.py
 
@@ -281,8 +283,9 @@ def exported_tests(modules: Iterable[str], problems: list[int]) -> dict[str, str
     sources = {path.stem: path.read_text(encoding="utf-8") for path in sorted(TESTS.glob("*.py"))}
     elsewhere = project_modules().keys() - set(modules)
     elsewhere |= {path.name for path in ROOT.iterdir() if path.is_dir()} - {"extras"}
-    for folder in (ROOT / "tools", HERE):
+    for folder in (ROOT / "tools", HERE, *(ROOT / "checkpoints").iterdir()):
         elsewhere |= {path.stem for path in folder.glob("*.py")}
+    del sources[TESTS_OF_PROGRAMS]
     while True:
         left_out = [name for name, source in sources.items() if imports(source) & elsewhere]
         if not left_out:

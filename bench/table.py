@@ -66,7 +66,9 @@ def summary(
     tau = total["new_tokens"] / total["cycles"]
     g = total["drafted"] / total["cycles"]
     pass_seconds = total["verify_seconds"] / total["cycles"]
-    c = total["draft_seconds"] / max(1, total["drafted"]) / pass_seconds
+    c = 0.0                                            # where nothing was drafted
+    if total["drafted"]:
+        c = total["draft_seconds"] / total["drafted"] / pass_seconds
     wall = total["wall"]
     return Summary(
         **total,

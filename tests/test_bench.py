@@ -338,6 +338,12 @@ def test_a_summary_holds_the_cost_models_bound():
     assert (found.runs, found.identical) == (1, 1)
 
 
+def test_a_draft_token_has_no_price_where_none_was_drafted():
+    lines = [line_of("a", name, 0, 1.0) | {"drafted": 0} for name in ("autoregressive", "clasp")]
+    found = summary(lines, "clasp")
+    assert (found.c, found.bound) == (0, found.tau)
+
+
 # ---------------------------------------------------------------- questions and models
 
 def test_spec_bench_questions_are_grouped_and_limited(tmp_path):
