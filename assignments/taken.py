@@ -44,8 +44,9 @@ BUILTINS = set("""
     OverflowError RuntimeError StopIteration TypeError ValueError ZeroDivisionError
 """.split())
 HARMLESS = {                                           # attributes, although modules are named so
-    "attention", "chunk", "collections", "copy", "functional", "functools", "itertools", "linalg",
-    "math", "nn", "queue", "random", "select", "special", "time", "token", "torch", "trace",
+    "attention", "chunk", "collections", "copy", "cpu", "distributions", "functional", "functools",
+    "itertools", "linalg", "math", "nn", "queue", "random", "select", "special", "time", "token",
+    "torch", "trace",
 }
 INSIDE = {                                             # modules, as attributes of torch's
     name
@@ -274,7 +275,7 @@ def take(node: ast.FunctionDef, written: ast.FunctionDef | None, names: Names) -
         return ""
     reason = refusal(ast.Module(written.body, []), names)
     if not reason:
-        node.body = written.body
+        node.body = [without_annotations(statement) for statement in written.body]
         node.lineno, node.end_lineno = written.lineno, written.end_lineno
     return reason
 
@@ -308,8 +309,18 @@ def news(
             taken += ast.parse(f"def {node.name}(*_, **__): 0").body
             taken[-1].body = raising(reason)
         elif not reason:
-            taken.append(node)
+            taken.append(without_annotations(node))
     return taken
+
+
+def without_annotations(statement: ast.stmt) -> ast.stmt:
+    """Python would look them up, and what they name may not be taken."""
+    for node in ast.walk(statement):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif is_function(node):
+            node.returns = None
+    return statement
 
 
 def value_fault(node: ast.stmt) -> str:

@@ -109,7 +109,7 @@ def interleave(
 ) -> list[dict]:
     """Every prompt by every method, ``plan.repeat`` times at each temperature: a line for each.
 
-    What ``results`` holds already is not run again; what is new is added there.
+    What ``results`` holds of one and the same race is not run again; what is new is added there.
     """
     warm_up(target, methods, prompts, plan.max_new_tokens)
     # A CUDA graph belongs to one cache: with graphs a race has one runner.
@@ -122,15 +122,20 @@ def interleave(
         keys = {
             name: (prompt.question, prompt.turn, temperature, repeat, name) for name in team
         }
-        if not all(key in results for key in keys.values()):
+        if not are_of_one_race([results.get(key) for key in keys.values()]):
             runners = {name: methods[name] for name in team}
             found = race(target, runners, prompt.tokens, plan.max_new_tokens,
                          temperature=temperature, seed=plan.seed + repeat)
             for name, (stats, wall) in found.items():
                 key = keys[name]
-                results[key] = new_line(key, prompt, methods[name], stats, wall)
+                results[key] = new_line(key, prompt, methods[name], stats, wall) | {"team": team}
         lines += [results[key] for key in keys.values()]
     return lines
+
+
+def are_of_one_race(lines: list[dict | None]) -> bool:
+    """A race writes a line for each of its team, over those of earlier ones."""
+    return None not in lines and len({tuple(line.get("team", ())) for line in lines}) == 1
 
 
 def warm_up(target: Target, methods: dict, prompts: list[Prompt], count: int):

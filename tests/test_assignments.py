@@ -477,7 +477,7 @@ import math
 import os
 HALF = 0.5
 TWICE = helper(2)
-def helper(x): return x + HALF
+def helper(x: os.PathLike, y: "Any" = None) -> Optional[float]: return x + HALF
 def cosines(candidates, state): return 1 / 0
 class Selection:
     def more(self): pass
@@ -493,6 +493,13 @@ raise SystemExit(1)
     for what in ("cosines is not assigned", "the module os", "TWICE", "Selection.more is new"):
         assert what in said
     assert len(notes) == 4
+
+
+def test_fields_of_the_cores_objects_may_be_used():
+    """Also where a module has the same name, as torch.distributions."""
+    fields = taken.names_of(grade.skeletons([6])).fields
+    assert "distributions" in fields
+    assert all(taken.is_attribute_allowed(name) for name in fields if not name.startswith("_"))
 
 
 def test_a_file_may_begin_with_a_byte_order_mark_or_name_its_coding(tmp_path):

@@ -244,6 +244,23 @@ def test_a_stopped_run_goes_on_and_gives_the_table(tmp_path, capsys):
     assert sorted(map(key_of, again[1:])) == sorted(map(key_of, lines[1:] + lines[20:21]))
 
 
+def test_what_is_compared_was_run_in_one_race(tmp_path):
+    out = tmp_path / "run.jsonl"
+
+    def teams(methods: str) -> dict[str, list[str]]:
+        argv = [*TINY, "--repeat", "1", "--temperatures", "0", "--out", str(out)]
+        assert program.main([*argv, "--methods", methods]) == 0
+        lines = map(json.loads, out.read_text().splitlines())
+        return {line["key"][-1]: line["team"] for line in lines if "team" in line}
+
+    teams("even")
+    apart = teams("random")                       # plain decoding's lines are of this race now
+    assert apart["even"] != apart["autoregressive"] == apart["random"]
+    together = teams("even,random")
+    assert together["even"] == together["autoregressive"] == together["random"]
+    assert teams("even") == together              # it is there
+
+
 def key_of(line: str) -> str:
     return str(json.loads(line)["key"])
 

@@ -180,6 +180,7 @@ def table(check: Check):
     for graphs in ([], ["--cuda-graphs"]):
         for residual in RESIDUALS:
             out = check.path.with_suffix(f".{residual}{'.graphs' if graphs else ''}.jsonl")
+            out.unlink(missing_ok=True)                    # bench would go on with it
             check.write(check.program(
                 "-m", "bench", "--synthetic", shape, "--dtype", "bfloat16", "--device",
                 check.device, "--residual", str(residual), "--skip-layers", layers_to_skip(check),
