@@ -14,6 +14,7 @@ import random
 import re
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -89,11 +90,22 @@ def require_sensible(args: argparse.Namespace):
     require(args.repeat >= 1, "--repeat must be at least 1")
     for temperature in args.temperatures:
         require_sampling(temperature, seed=args.seed)
+    for package in packages_needed(args):
+        require(find_spec(package), f"this needs another package: pip install {package}")
     file = args.speed or args.out
     require(file.parent.is_dir(), f"there is no folder {file.parent}")
     if not (args.speed or args.figures):
         require(args.out.suffix == ".jsonl",
                 "--out must end in .jsonl: the table goes beside it as .md and .csv")
+
+
+def packages_needed(args: argparse.Namespace) -> list[str]:
+    """Beside those of requirements.txt."""
+    if args.speed:
+        return []
+    if args.figures:
+        return ["matplotlib"]
+    return ["optuna"] if {"self-sd", "swift"} & set(args.methods) else []
 
 
 def command(argv: list[str], model: str | None) -> str:

@@ -77,6 +77,7 @@ class Skipping(Drafter):
         self.choice = NOTHING                            # how far to draft, and what that brings
         self.interval = FIRST_INTERVAL                   # cycles between runs of the DP
         self.since = 0                                   # cycles since the last one
+        self.dp_ran = False                              # right before the present cycle?
         self.allowance = 0.0                             # time that may be lost by trials
         self.failed = 0                                  # trials since drafts last paid
         self.trying = False                              # is the next draft a trial?
@@ -87,6 +88,7 @@ class Skipping(Drafter):
 
     def begin(self, text: Text, hidden: Tensor | None):
         self.choose()
+        self.dp_ran = False
         if hidden is not None and self.dp_is_due():
             self.run_dp(text, hidden[:, -1:])
 
@@ -106,8 +108,9 @@ class Skipping(Drafter):
 
     def observe(self, text: Text, outcome: Outcome):
         seconds = outcome.seconds
-        if self.sets and self.since == 0:                # the DP ran before this cycle
+        if self.dp_ran:
             self.costs.note("optimize", seconds["optimize"])
+            self.dp_ran = False
         self.since += 1
         if outcome.draft.source == "layers":
             share = self.costs.share(self.budget / self.layers)
@@ -204,6 +207,7 @@ class Skipping(Drafter):
         if before is not None:
             self.adapt_interval(same=before == self.sets.get(self.budget))
         self.since = 0
+        self.dp_ran = True
         self.choose()
         text.stats.optimizations += 1
         self.report(text, self.sets[self.budget], anew=True)

@@ -559,6 +559,17 @@ def test_mistakes_are_one_line(tmp_path, capsys, argv, word):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("argv, package", [
+    ([], "optuna"),
+    (["--figures", "folder"], "matplotlib"),
+])
+def test_packages_that_are_missing_are_named_at_once(monkeypatch, capsys, argv, package):
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
+    monkeypatch.setattr(program, "load_target", None)
+    assert program.main(argv) == 2
+    assert f"pip install {package}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("word, shown", [
     ("/a/b c", "'b c'"),
     ("--model=/a/b", "--model=b"),

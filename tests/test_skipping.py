@@ -45,6 +45,32 @@ def write(model, auto: Auto, count: int, prompt=(1, 2, 3), **chosen) -> Stats:
     return stats
 
 
+def test_the_dp_has_a_price_only_where_it_ran(monkeypatch):
+    """Not in the first cycle of a text, where it ran after the last cycle of the text before."""
+    model = agreeable()
+    auto = blind(model, costs=CHEAP)
+    events = []
+    note, run_dp = auto.costs.note, auto.skipping.run_dp
+
+    def noted(kind, *rest):
+        events.append(kind)
+        note(kind, *rest)
+
+    def ran(*rest):
+        events.append("dp")
+        run_dp(*rest)
+
+    monkeypatch.setattr(auto.costs, "note", noted)
+    monkeypatch.setattr(auto.skipping, "run_dp", ran)
+    for count in range(2, 60):
+        events.append("text")
+        write(model, auto, count)
+    kinds = [kind for kind in events if kind in ("text", "dp", "optimize")]
+    before = {earlier for earlier, kind in itertools.pairwise(kinds) if kind == "optimize"}
+    assert before == {"dp"}
+    assert ("dp", "text") in itertools.pairwise(kinds)    # so the case was there
+
+
 def test_the_sets_reported_are_those_used(monkeypatch):
     """Auto may turn to another set at any cycle, without a run of the DP, and for a second text."""
     model = agreeable()
