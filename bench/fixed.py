@@ -42,7 +42,7 @@ class Written:
         self.length = length
         self.first = len(prompt) - 1                      # the place of the first draft
         layers = len(model.layers)
-        self.scratch = max(AHEAD * length, COUNTED_TOKENS * layers, opt_tokens * layers)
+        self.scratch = max(AHEAD * length, max(COUNTED_TOKENS, opt_tokens) * layers)
         self.cache = KVCache(model, len(self.tokens), self.scratch)
         states = model(as_row(model, self.tokens), self.cache)
         self.states = torch.stack([state[0] for state in states])     # (L+1, tokens, hidden)

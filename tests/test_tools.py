@@ -139,7 +139,6 @@ needs_no_gpu = pytest.mark.skipif(DEVICE != "cpu", reason="there it runs for goo
 
 
 @needs_no_gpu
-@pytest.mark.thorough
 def test_all_stages_write_their_tables(tmp_path):
     (tmp_path / "gpu-table.0.02.jsonl").write_text("of an earlier check, which is measured anew")
     done = run_tool("gpu_check.py", "all", "--tiny", "--out", str(tmp_path))

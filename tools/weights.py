@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from checkpoint import BUNDLED, Tokenizer, find_folder, load_model
+from checkpoint import BUNDLED, Tokenizer, find_folder, load_model, read_config
 from extras.packed import pack
 from generate import Parser, choose_device, form_of_weights
 from model import KVCache, Llama
@@ -80,10 +80,11 @@ def run():
     folder = find_folder(args.model)
     device, dtype = choose_device(args.device, args.dtype)
     pieces = pieces_of(args, Tokenizer(folder))
+    config = read_config(folder)
+    for piece in pieces:
+        require_readable(config, piece)
     models = [pack(load_model(folder, device, dtype, form_of_weights(weights, device, dtype)))
               for weights in (None, "int8")]
-    for piece in pieces:
-        require_readable(models[0].config, piece)
     found = []
     for piece in tqdm(pieces, leave=False, delay=2, disable=None):
         found.append(difference(*(logits_of(model, piece) for model in models), piece))
