@@ -1,4 +1,5 @@
-"""checkpoints/tiny-stories/train.py: it trains, goes on, and refuses before hours are lost."""
+"""checkpoints/tiny-stories: what trains the model trains, and refuses before hours are lost."""
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from checkpoint import BUNDLED, Tokenizer, load_model
 
 sys.path.insert(0, str(BUNDLED))
+import practise  # noqa: E402
 import train  # noqa: E402
 
 STORIES = "".join(f"A {animal} sat by the {place} and sang all day.\n<|endoftext|>\n"
@@ -136,3 +138,85 @@ def test_options_that_make_no_sense(small, monkeypatch, capsys, options, said):
 def test_a_folder_that_cannot_be_written(small, monkeypatch, capsys):
     shown = refused(monkeypatch, capsys, out="stories.txt")
     assert "cannot write to --out" in shown and shown.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------- practise.py
+
+def run_practise(monkeypatch, *options: str, start: str = "out", stories: str = "stories.txt"):
+    command = ["practise.py", stories, "--start", start, "--out", "better", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    practise.main()
+
+
+def test_a_model_practises(small, monkeypatch, capsys):
+    run(monkeypatch, "--steps", "1")
+    capsys.readouterr()
+    run_practise(monkeypatch, "--steps", "2")
+    assert "held-out" in capsys.readouterr().out
+    before, after = load_file("out/model.safetensors"), load_file("better/model.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    model = load_model(Path("better"), torch.device("cpu"))
+    tokens = torch.tensor([Tokenizer(Path("better")).encode("A cat sat")])
+    assert model.logits(model(tokens)[-1]).isfinite().all()
+
+
+def test_a_share_of_nothing_changes_nothing(small, monkeypatch):
+    run(monkeypatch, "--steps", "1")
+    run_practise(monkeypatch, "--steps", "2", "--share", "0")
+    before, after = load_file("out/model.safetensors"), load_file("better/model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("start, stories", [
+    ("nowhere", "stories.txt"),                  # no model
+    (str(BUNDLED), "stories.txt"),               # another one
+    ("out", "other.txt"),                        # of another text
+    ("out", "nothing.txt"),
+])
+def test_what_cannot_be_practised(small, monkeypatch, capsys, start, stories):
+    run(monkeypatch, "--steps", "1")
+    capsys.readouterr()
+    Path("other.txt").write_text(STORIES.replace("sang", "slept"), encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        run_practise(monkeypatch, start=start, stories=stories)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_writer_reads_as_the_model(small):
+    torch.manual_seed(0)
+    model = train.Llama(train.CONFIG).requires_grad_(False)
+    rows = torch.randint(train.CONFIG.vocab_size, (3, 9))
+    writer = practise.Writer(model, len(rows))
+    read = torch.stack([writer.read(column.tolist()) for column in rows.T], 1)
+    torch.testing.assert_close(read, model.logits(model(rows)[-1]), rtol=1e-4, atol=1e-4)
+
+
+def test_own_rows_are_stories_behind_openings(small):
+    """Of a model that knows nothing, so many of its stories end at once."""
+    model = train.new_model("cpu")
+    stories = [[0, 10 + i, 20 + i, 30 + i, 1] for i in range(5)]
+    rows = practise.write(model, stories, 6, 1.0, random.Random(0))
+    assert [len(row) for row in rows] == [train.LENGTH + 1] * 6
+    openings = {tuple(story[:2]) for story in stories}
+    for row in rows:
+        begins = [i for i, token in enumerate(row) if i == 0 or row[i - 1] == practise.END]
+        assert all(tuple(row[i:i + 2]) in openings for i in begins if i + 1 < len(row))
+    assert any(practise.END in row[:-1] for row in rows)
+
+
+def test_repetitions_are_within_a_story():
+    row = [0, 5, 6, 7, 5, 6, 7, 5, 6, 1, 0, 5, 6, 7, 9]
+    found = [i for i, repeats in enumerate(practise.repetitions(row)) if repeats]
+    assert found == [7, 8]                       # 5 6 7 5 and 6 7 5 6 are there for a second time
+
+
+def test_what_repeats_becomes_unlikelier_and_the_rest_stays():
+    logs = torch.tensor([[[0.2, 0.8], [0.4, 0.6]]]).log()
+    before = torch.tensor([[[0.3, 0.7], [0.5, 0.5]]]).log()
+    tokens = torch.tensor([[1, 0]])
+    repeated = torch.tensor([[True, False]])
+    unlike = practise.unlikelihood(logs, tokens, repeated)
+    torch.testing.assert_close(unlike, -torch.tensor(1 - 0.8).log() / 2)
+    divergence = 0.5 * torch.tensor(0.5 / 0.4).log() + 0.5 * torch.tensor(0.5 / 0.6).log()
+    torch.testing.assert_close(practise.change(logs, before, repeated), divergence / 2)

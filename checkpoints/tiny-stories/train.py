@@ -20,6 +20,7 @@ recipe, in the order of the code:
 6. Muon for the matrices of the layers, AdamW for the rest. The rate falls linearly to 0 over the
    last part of the steps. With more `--steps` on resuming it rises again, and falls again.
 7. Weights from the ends of several falls, averaged, are better than each: `--average` makes them.
+8. practise.py goes on from there: the model learns to repeat itself less.
 
 Every --save-every steps the state (to resume from) and the folder that `generate.py --model` takes
 are written, large files beside their old version, whose place they then take. torch.compile needs a
@@ -76,9 +77,15 @@ DRAFTING = 0.25                                  # and where every batch is draf
 # ---------------------------------------------------------------------------- text
 
 def read_stories(path: Path) -> list[str]:
-    raw = path.read_bytes()
-    text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
-    return [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+    try:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        refuse(f"cannot read {path}: {error}")
+    stories = [story.strip() for story in text.split("<|endoftext|>") if story.strip()]
+    if len(stories) < 2:
+        refuse(f"{path}: fewer than two stories; a line <|endoftext|> ends each")
+    return stories
 
 
 def learn_tokenizer(stories: list[str]) -> Tokenizer:
@@ -264,16 +271,11 @@ def divergence(logits, teacher):
                     log_target=True, reduction="batchmean")
 
 
-def losses(passes: Passes, batch, drafting: bool, late: bool, rng: random.Random):
-    """The whole model's loss on the text, and its drafts' divergence from it (None: no drafts)."""
+def draft_loss(passes: Passes, tokens, states, caches, rows, late: bool, rng: random.Random):
+    """The divergence of drafts of these rows from the whole model, whose pass gave the states."""
     model = passes.model
-    tokens = batch[:, :-1]
-    states, caches = passes.whole(tokens)
-    loss = passes.cross_entropy(model.logits(states[-1]), batch[:, 1:])
-    if not drafting:
-        return loss, None
     drafts, targets = [], []
-    for row in range(DRAFTS):
+    for row in rows:
         draw = draw_draft(rng, late)
         start = draw["position"]
         with torch.autocast(tokens.device.type, enabled=False):
@@ -282,7 +284,18 @@ def losses(passes: Passes, batch, drafting: bool, late: bool, rng: random.Random
         targets.append(states[-1][row:row + 1, start + 1:start + 1 + WINDOW].detach())
     with torch.no_grad():
         teacher = model.logits(torch.cat(targets))
-    return loss, passes.divergence(model.logits(torch.cat(drafts)), teacher)
+    return passes.divergence(model.logits(torch.cat(drafts)), teacher)
+
+
+def losses(passes: Passes, batch, drafting: bool, late: bool, rng: random.Random):
+    """The whole model's loss on the text, and its drafts' divergence from it (None: no drafts)."""
+    model = passes.model
+    tokens = batch[:, :-1]
+    states, caches = passes.whole(tokens)
+    loss = passes.cross_entropy(model.logits(states[-1]), batch[:, 1:])
+    if not drafting:
+        return loss, None
+    return loss, draft_loss(passes, tokens, states, caches, range(DRAFTS), late, rng)
 
 
 # ---------------------------------------------------------------------------- what comes of it
@@ -452,18 +465,13 @@ def make_folder(out: Path):
 
 
 def refuse(why: str):
-    print(f"train.py: {why}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {why}", file=sys.stderr)
     sys.exit(2)
 
 
 def main():
     args = arguments()
-    try:
-        stories = read_stories(args.stories)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        refuse(f"cannot read {args.stories}: {error}")
-    if len(stories) < 2:
-        refuse(f"{args.stories}: fewer than two stories; a line <|endoftext|> ends each")
+    stories = read_stories(args.stories)
     make_folder(args.out)
     tokenizer = learn_tokenizer(stories)
     train, test = encode(stories, tokenizer)

@@ -1,0 +1,230 @@
+"""Let the story model practise on its own stories, so that it repeats itself less.
+
+    python checkpoints/tiny-stories/practise.py STORIES.txt.gz --start FOLDER --out OUT
+
+train.py teaches the model to go on with what others wrote. Going on with what it wrote itself, it
+falls into loops: once a sentence stands there twice, a third time is the likeliest of all. Here it
+meets its own text. The recipe, in the order of the code:
+
+1. Half of the rows of a batch are stories, learnt as in train.py. The model has written the other
+   half itself, at a low temperature, each story from the opening of a real one.
+2. In its own rows a token that completes four in a row that stood in this story before is made less
+   likely: unlikelihood (Welleck et al. 2019, arXiv 1908.04319), -log(1 - p(token)).
+3. Everywhere else in these rows the model stays near what it was: KL(before || now).
+4. Drafts learn as in train.py, on some rows of either kind, so that they keep up with the model.
+5. Practice goes too far: the model avoids what stories do repeat. So the weights that are written
+   are a mean of those before and after it.
+
+FOLDER is what train.py wrote, from the same STORIES; OUT is such a folder, too.
+"""
+import argparse
+import copy
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+import train
+from torch import Tensor
+from train import Passes, batches, draft_loss, held_out, positive, refuse
+
+from checkpoint import load_model
+from extras.attention import folded
+from model import Llama, rope_table
+
+OWN = 4                                          # rows of a batch that the model has written,
+STORIES = 4                                      # and rows of stories,
+DRAFTED = (0, 1, 4, 5)                           # and those of both that are drafted as well
+WRITTEN = 24                                     # own rows that are written at a time
+OPENING = 16                                     # most tokens of a real story that begin an own one
+REPEATED = 4                                     # so many tokens in a row are a repetition
+WARM_UP = 30                                     # steps
+DECAY = 0.6                                      # the last part of the steps, where the rate falls
+BEGIN, END = 0, 1                                # token ids, see train.write_folder
+
+
+# ---------------------------------------------------------------------------- the model's own text
+
+class Writer:
+    """A copy of the model that reads one token of many rows at a time."""
+
+    def __init__(self, model: Llama, rows: int):
+        self.model = copy.deepcopy(model)
+        for layer in self.model.layers:
+            layer.attend = folded
+        c = model.config
+        slots = torch.zeros(2, c.num_hidden_layers, rows, c.num_key_value_heads, train.LENGTH,
+                            c.head_dim, device=model.device)
+        self.keys, self.values = slots
+        self.cos, self.sin = rope_table(c, train.LENGTH, model.device)
+        self.length = 0
+
+    def read(self, tokens: list[int]) -> Tensor:
+        """The next token of every row -> logits (rows, vocabulary)."""
+        here = slice(self.length, self.length + 1)
+        self.length += 1
+        x = self.model.embed(torch.tensor(tokens, device=self.keys.device)[:, None])
+        for i, layer in enumerate(self.model.layers):
+            def store(k, v):
+                self.keys[i][:, :, here] = k
+                self.values[i][:, :, here] = v
+                return self.keys[i][:, :, :self.length], self.values[i][:, :, :self.length]
+
+            x = layer(x, self.cos[here], self.sin[here], None, store)
+        return self.model.logits(x[:, 0])
+
+
+@torch.no_grad()
+def write(model: Llama, stories: list[list[int]], rows: int, temperature: float,
+          rng: random.Random) -> list[list[int]]:
+    """Rows of LENGTH + 1 tokens: the model's stories, each behind the opening of a real one."""
+    torch.manual_seed(rng.randrange(2**32))
+    writer = Writer(model, rows)
+    text = [[END] for _ in range(rows)]
+    given = [[] for _ in range(rows)]            # what is left of an opening
+    drawn = [END] * rows
+    for _ in range(train.LENGTH + 1):
+        for row in range(rows):
+            if text[row][-1] == END:
+                given[row] = rng.choice(stories)[:rng.randint(2, OPENING)]
+            text[row].append(given[row].pop(0) if given[row] else drawn[row])
+        if writer.length < train.LENGTH:
+            logits = writer.read([row[-1] for row in text])
+            drawn = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0].tolist()
+    return [row[1:] for row in text]
+
+
+def repetitions(row: list[int]) -> list[bool]:
+    """Of each token: does it complete REPEATED in a row that stood in its story before?"""
+    found = []
+    story, seen = [], set()
+    for token in row:
+        if token == BEGIN:
+            story, seen = [], set()
+        story.append(token)
+        last = tuple(story[-REPEATED:])
+        found.append(last in seen)
+        if len(last) == REPEATED:
+            seen.add(last)
+    return found
+
+
+# ---------------------------------------------------------------------------- losses
+
+def unlikelihood(logs: Tensor, tokens: Tensor, repeated: Tensor) -> Tensor:
+    """Mean over all tokens of -log(1 - p(token)), which only those count that repeat.
+
+    logs (rows, LENGTH, vocabulary): log probabilities; tokens, repeated (rows, LENGTH).
+    """
+    taken = logs.gather(-1, tokens[..., None])[..., 0].exp()
+    return -(torch.log1p(-taken.clamp(max=0.9999)) * repeated).mean()
+
+
+def change(logs: Tensor, before: Tensor, repeated: Tensor) -> Tensor:
+    """Mean over all tokens of KL(before || now), which only those count that do not repeat."""
+    divergence = (before.exp() * (before - logs)).sum(-1)
+    return (divergence * ~repeated).mean()
+
+
+def losses(passes: Passes, before: Passes, batch: Tensor, rng: random.Random) -> dict[str, Tensor]:
+    """Of a batch (OWN + STORIES, LENGTH + 1), the model's own rows first."""
+    model = passes.model
+    tokens, following = batch[:, :-1], batch[:, 1:]
+    repeated = torch.tensor([repetitions(row) for row in batch[:OWN].tolist()],
+                            device=batch.device)[:, 1:]
+    states, caches = passes.whole(tokens)
+    logits = model.logits(states[-1])
+    logs = logits[:OWN].float().log_softmax(-1)
+    with torch.no_grad():
+        states_before, _ = before.whole(tokens[:OWN])
+        logs_before = before.model.logits(states_before[-1]).float().log_softmax(-1)
+    return {
+        "text": passes.cross_entropy(logits[OWN:], following[OWN:]),
+        "repeating": unlikelihood(logs, following[:OWN], repeated),
+        "change": change(logs, logs_before, repeated),
+        "draft": draft_loss(passes, tokens, states, caches, DRAFTED, True, rng)}
+
+
+# ---------------------------------------------------------------------------- running
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("stories", type=Path, help="the text that train.py was given")
+    add("--start", type=Path, required=True, help="folder of the model, as train.py writes it")
+    add("--out", type=Path, required=True, help="folder for the model that has practised")
+    add("--steps", type=positive, default=130)
+    add("--share", type=share, default=0.5, help="of the weights after practice in the mean")
+    add("--repeating", type=float, default=5.0, help="weight of the unlikelihood")
+    add("--change", type=float, default=0.2, help="weight of the divergence from the model before")
+    add("--draft", type=float, default=1.5, help="weight of the drafts' divergence")
+    add("--rate", type=float, default=2e-4, help="peak learning rate")
+    add("--temperature", type=float, default=0.45, help="of the model's own text")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def share(text: str) -> float:
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 1")
+    return float(text)
+
+
+def load(folder: Path, tokenizer, device: str) -> Llama:
+    """The model of a folder, whose tokens must be those of the text."""
+    try:
+        learnt = type(tokenizer).from_file(str(folder / "tokenizer.json"))
+        model = load_model(folder, device)
+    except Exception as error:                   # tokenizers has no narrower one
+        refuse(f"cannot load --start {folder}: {error}")
+    if learnt.to_str() != tokenizer.to_str() or model.config != train.CONFIG:
+        refuse(f"{folder} is not a model that train.py made of this text")
+    return model
+
+
+def main():
+    args = arguments()
+    stories = train.read_stories(args.stories)
+    train.make_folder(args.out)
+    tokenizer = train.learn_tokenizer(stories)
+    learnt, unseen = train.encode(stories, tokenizer)
+    model = load(args.start, tokenizer, args.device)
+    before = Passes(copy.deepcopy(model))
+    passes = Passes(model.requires_grad_())
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    source = batches(learnt, STORIES)
+    own = []
+    started = time.time()
+    for step in range(args.steps):
+        rng = random.Random(step)
+        if len(own) < OWN:
+            own = write(model, learnt, WRITTEN, args.temperature, rng)
+        batch = torch.cat((torch.tensor(own[:OWN]), next(source))).to(args.device)
+        own = own[OWN:]
+        left = 1 - step / args.steps
+        for group in optimizer.param_groups:
+            group["lr"] = args.rate * min((step + 1) / WARM_UP, 1.0, left / DECAY)
+        with torch.autocast(batch.device.type, dtype=torch.bfloat16):
+            parts = losses(passes, before, batch, rng)
+        loss = (parts["text"] + args.repeating * parts["repeating"]
+                + args.change * parts["change"] + args.draft * parts["draft"])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 10 == 0:
+            pace = (time.time() - started) / (step + 1)
+            values = "  ".join(f"{name} {part:.3f}" for name, part in parts.items())
+            print(f"step {step}/{args.steps}  {values}  {pace:.2f} s/step", file=sys.stderr,
+                  flush=True)
+    with torch.no_grad():
+        for weight, old in zip(model.parameters(), before.model.parameters()):
+            weight.copy_(old.lerp(weight, args.share))
+    with torch.autocast(args.device, dtype=torch.bfloat16):
+        scores = held_out(passes, unseen)
+    print("held-out " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    train.write_folder(model, tokenizer, args.out)
+
+
+if __name__ == "__main__":
+    main()
