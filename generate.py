@@ -68,7 +68,7 @@ from speculative import (
     require,
 )
 
-PROMPT = "Once upon a time, there was a brave little mouse who"
+PROMPT = "Once upon a time, there was a lonely robot who"
 DIM, PLAIN = "\033[2m", "\033[0m"                     # of a terminal
 # How --show-drafts shows a token, by its source: colour, and marks around a run of such tokens.
 SHOWN = {
