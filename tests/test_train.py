@@ -172,6 +172,7 @@ def test_a_share_of_nothing_changes_nothing(small, monkeypatch):
     (str(BUNDLED), "stories.txt"),               # another one
     ("out", "other.txt"),                        # of another text
     ("out", "nothing.txt"),
+    ("better", "stories.txt"),                   # where it would be written
 ])
 def test_what_cannot_be_practised(small, monkeypatch, capsys, start, stories):
     run(monkeypatch, "--steps", "1")
@@ -207,7 +208,7 @@ def test_own_rows_are_stories_behind_openings(small):
 
 def test_repetitions_are_within_a_story():
     row = [0, 5, 6, 7, 5, 6, 7, 5, 6, 1, 0, 5, 6, 7, 9]
-    found = [i for i, repeats in enumerate(practise.repetitions(row)) if repeats]
+    found = [i for i, repeats in enumerate(practise.repetitions(row, 4)) if repeats]
     assert found == [7, 8]                       # 5 6 7 5 and 6 7 5 6 are there for a second time
 
 

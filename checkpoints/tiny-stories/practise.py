@@ -33,12 +33,11 @@ from checkpoint import load_model
 from extras.attention import folded
 from model import Llama, rope_table
 
-OWN = 4                                          # rows of a batch that the model has written,
-STORIES = 4                                      # and rows of stories,
+OWN_ROWS = 4                                     # rows of a batch that the model has written,
+STORY_ROWS = 4                                   # and rows of stories,
 DRAFTED = (0, 1, 4, 5)                           # and those of both that are drafted as well
 WRITTEN = 24                                     # own rows that are written at a time
 OPENING = 16                                     # most tokens of a real story that begin an own one
-REPEATED = 4                                     # so many tokens in a row are a repetition
 WARM_UP = 30                                     # steps
 DECAY = 0.6                                      # the last part of the steps, where the rate falls
 BEGIN, END = 0, 1                                # token ids, see train.write_folder
@@ -95,17 +94,17 @@ def write(model: Llama, stories: list[list[int]], rows: int, temperature: float,
     return [row[1:] for row in text]
 
 
-def repetitions(row: list[int]) -> list[bool]:
-    """Of each token: does it complete REPEATED in a row that stood in its story before?"""
+def repetitions(row: list[int], length: int) -> list[bool]:
+    """Of each token: does it complete so many in a row that stood in its story before?"""
     found = []
     story, seen = [], set()
     for token in row:
         if token == BEGIN:
             story, seen = [], set()
         story.append(token)
-        last = tuple(story[-REPEATED:])
+        last = tuple(story[-length:])
         found.append(last in seen)
-        if len(last) == REPEATED:
+        if len(last) == length:
             seen.add(last)
     return found
 
@@ -113,35 +112,40 @@ def repetitions(row: list[int]) -> list[bool]:
 # ---------------------------------------------------------------------------- losses
 
 def unlikelihood(logs: Tensor, tokens: Tensor, repeated: Tensor) -> Tensor:
-    """Mean over all tokens of -log(1 - p(token)), which only those count that repeat.
+    """The sum of -log(1 - p(token)) over the tokens that repeat, by the number of all tokens.
 
     logs (rows, LENGTH, vocabulary): log probabilities; tokens, repeated (rows, LENGTH).
     """
     taken = logs.gather(-1, tokens[..., None])[..., 0].exp()
-    return -(torch.log1p(-taken.clamp(max=0.9999)) * repeated).mean()
+    taken = taken.clamp(max=0.9999)              # what is surer than that is let be
+    return -(torch.log1p(-taken) * repeated).mean()
 
 
 def change(logs: Tensor, before: Tensor, repeated: Tensor) -> Tensor:
-    """Mean over all tokens of KL(before || now), which only those count that do not repeat."""
+    """The sum of KL(before || now) over the tokens that do not repeat, by the number of all."""
     divergence = (before.exp() * (before - logs)).sum(-1)
     return (divergence * ~repeated).mean()
 
 
-def losses(passes: Passes, before: Passes, batch: Tensor, rng: random.Random) -> dict[str, Tensor]:
-    """Of a batch (OWN + STORIES, LENGTH + 1), the model's own rows first."""
+def losses(passes: Passes, before: Passes, batch: Tensor, length: int,
+           rng: random.Random) -> dict[str, Tensor]:
+    """Of a batch (OWN_ROWS + STORY_ROWS, LENGTH + 1), the model's own rows first.
+
+    length: of a repetition.
+    """
     model = passes.model
     tokens, following = batch[:, :-1], batch[:, 1:]
-    repeated = torch.tensor([repetitions(row) for row in batch[:OWN].tolist()],
+    repeated = torch.tensor([repetitions(row, length) for row in batch[:OWN_ROWS].tolist()],
                             device=batch.device)[:, 1:]
     states, caches = passes.whole(tokens)
     logits = model.logits(states[-1])
-    logs = logits[:OWN].float().log_softmax(-1)
+    logs = logits[:OWN_ROWS].float().log_softmax(-1)
     with torch.no_grad():
-        states_before, _ = before.whole(tokens[:OWN])
+        states_before, _ = before.whole(tokens[:OWN_ROWS])
         logs_before = before.model.logits(states_before[-1]).float().log_softmax(-1)
     return {
-        "text": passes.cross_entropy(logits[OWN:], following[OWN:]),
-        "repeating": unlikelihood(logs, following[:OWN], repeated),
+        "text": passes.cross_entropy(logits[OWN_ROWS:], following[OWN_ROWS:]),
+        "repeating": unlikelihood(logs, following[:OWN_ROWS], repeated),
         "change": change(logs, logs_before, repeated),
         "draft": draft_loss(passes, tokens, states, caches, DRAFTED, True, rng)}
 
@@ -156,11 +160,12 @@ def arguments() -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder for the model that has practised")
     add("--steps", type=positive, default=130)
     add("--share", type=share, default=0.5, help="of the weights after practice in the mean")
+    add("--repeated", type=positive, default=4, help="tokens in a row that are a repetition")
     add("--repeating", type=float, default=5.0, help="weight of the unlikelihood")
     add("--change", type=float, default=0.2, help="weight of the divergence from the model before")
     add("--draft", type=float, default=1.5, help="weight of the drafts' divergence")
     add("--rate", type=float, default=2e-4, help="peak learning rate")
-    add("--temperature", type=float, default=0.45, help="of the model's own text")
+    add("--temperature", type=above_zero, default=0.45, help="of the model's own text")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -168,6 +173,12 @@ def arguments() -> argparse.Namespace:
 def share(text: str) -> float:
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 1")
+    return float(text)
+
+
+def above_zero(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return float(text)
 
 
@@ -186,6 +197,8 @@ def load(folder: Path, tokenizer, device: str) -> Llama:
 def main():
     args = arguments()
     stories = train.read_stories(args.stories)
+    if args.out.resolve() == args.start.resolve():
+        refuse("--out must be another folder than --start")
     train.make_folder(args.out)
     tokenizer = train.learn_tokenizer(stories)
     learnt, unseen = train.encode(stories, tokenizer)
@@ -193,20 +206,20 @@ def main():
     before = Passes(copy.deepcopy(model))
     passes = Passes(model.requires_grad_())
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
-    source = batches(learnt, STORIES)
+    source = batches(learnt, STORY_ROWS)
     own = []
     started = time.time()
     for step in range(args.steps):
         rng = random.Random(step)
-        if len(own) < OWN:
+        if len(own) < OWN_ROWS:
             own = write(model, learnt, WRITTEN, args.temperature, rng)
-        batch = torch.cat((torch.tensor(own[:OWN]), next(source))).to(args.device)
-        own = own[OWN:]
+        batch = torch.cat((torch.tensor(own[:OWN_ROWS]), next(source))).to(args.device)
+        own = own[OWN_ROWS:]
         left = 1 - step / args.steps
         for group in optimizer.param_groups:
             group["lr"] = args.rate * min((step + 1) / WARM_UP, 1.0, left / DECAY)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16):
-            parts = losses(passes, before, batch, rng)
+            parts = losses(passes, before, batch, args.repeated, rng)
         loss = (parts["text"] + args.repeating * parts["repeating"]
                 + args.change * parts["change"] + args.draft * parts["draft"])
         loss.backward()
@@ -220,7 +233,7 @@ def main():
     with torch.no_grad():
         for weight, old in zip(model.parameters(), before.model.parameters()):
             weight.copy_(old.lerp(weight, args.share))
-    with torch.autocast(args.device, dtype=torch.bfloat16):
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         scores = held_out(passes, unseen)
     print("held-out " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
     train.write_folder(model, tokenizer, args.out)
