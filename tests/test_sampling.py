@@ -173,10 +173,10 @@ def test_many_samples_of_the_bundled_model_have_its_distribution(bundled, settin
     pytest.param("accept_sampled", always_accept, 3, 480, {}),
     pytest.param("accept_sampled", wrong_row, 3, 240, {}),
     *[pytest.param(*case, marks=pytest.mark.thorough) for case in [
-        ("accept_sampled", no_residual, 1, 960, {}),
+        ("accept_sampled", no_residual, 1, 2880, {}),
         ("pick", q_before_top_p, 1, 960, {"top_p": 0.5, "temperature": 2.0}),
         ("draft_by_skipping", unlikely_token_dropped, 3, 2400, {"temperature": 1.3}),
-        ("accept_sampled", exit_by_the_verifier, 3, 1680, {}),
+        ("accept_sampled", exit_by_the_verifier, 3, 3360, {}),
         ("accept_sampled", bonus_from_the_draft, 3, 1920, {}),
     ]],
 ])
