@@ -82,7 +82,7 @@ def write(model: Llama, stories: list[list[int]], rows: int, temperature: float,
     writer = Writer(model, rows)
     text = [[END] for _ in range(rows)]
     given = [[] for _ in range(rows)]            # what is left of an opening
-    drawn = [END] * rows
+    drawn = [END] * rows                         # the first that counts follows an opening
     for _ in range(train.LENGTH + 1):
         for row in range(rows):
             if text[row][-1] == END:
@@ -215,9 +215,7 @@ def main():
             own = write(model, learnt, WRITTEN, args.temperature, rng)
         batch = torch.cat((torch.tensor(own[:OWN_ROWS]), next(source))).to(args.device)
         own = own[OWN_ROWS:]
-        left = 1 - step / args.steps
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * min((step + 1) / WARM_UP, 1.0, left / DECAY)
+        train.set_rate([optimizer], args.rate, step, args.steps, WARM_UP, DECAY)
         with torch.autocast(batch.device.type, dtype=torch.bfloat16):
             parts = losses(passes, before, batch, args.repeated, rng)
         loss = (parts["text"] + args.repeating * parts["repeating"]
@@ -227,15 +225,14 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         if step % 10 == 0:
             pace = (time.time() - started) / (step + 1)
-            values = "  ".join(f"{name} {part:.3f}" for name, part in parts.items())
-            print(f"step {step}/{args.steps}  {values}  {pace:.2f} s/step", file=sys.stderr,
-                  flush=True)
+            print(f"step {step}/{args.steps}  {train.listed(parts)}  {pace:.2f} s/step",
+                  file=sys.stderr, flush=True)
     with torch.no_grad():
         for weight, old in zip(model.parameters(), before.model.parameters()):
             weight.copy_(old.lerp(weight, args.share))
     with torch.autocast(model.device.type, dtype=torch.bfloat16):
         scores = held_out(passes, unseen)
-    print("held-out " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    print(f"held-out {train.listed(scores)}")
     train.write_folder(model, tokenizer, args.out)
 
 

@@ -413,6 +413,19 @@ def make_optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)]
 
 
+def set_rate(optimizers, peak: float, step: int, steps: int, warm_up: int, decay: float) -> float:
+    """The learning rate at a step: it rises at first, and falls to 0 over the last part of all."""
+    rate = peak * min((step + 1) / warm_up, 1.0, (1 - step / steps) / decay)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    return rate
+
+
+def listed(values: dict) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
 def average(model: Llama, pairs: list[tuple[Path, float]], tokenizer: Tokenizer):
     """Fill the model with the mean of saved states, weighted by their shares."""
     paths, shares = zip(*pairs)
@@ -491,9 +504,7 @@ def main():
     shown = {}
     for step in range(first, args.steps):
         left = 1 - step / args.steps
-        rate = args.rate * min((step + 1) / WARM_UP, 1.0, left / DECAY)
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = rate
+        rate = set_rate(optimizers, args.rate, step, args.steps, WARM_UP, DECAY)
         batch = next(source).to(args.device)
         late = left < DRAFTING
         drafting = late or step % SELDOM == 0
@@ -511,14 +522,12 @@ def main():
         if step % 20 == 0:
             pace = (time.time() - started) / (step + 1 - first)
             minutes = pace * (args.steps - step - 1) / 60
-            means = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
-            print(f"step {step}/{args.steps}  {means}  rate {rate:.1e}  {pace:.2f} s/step"
+            print(f"step {step}/{args.steps}  {listed(shown)}  rate {rate:.1e}  {pace:.2f} s/step"
                   f"  {minutes:.0f} min left", file=sys.stderr, flush=True)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             with torch.autocast(batch.device.type, dtype=torch.bfloat16):
                 scores = held_out(passes, test)
-            print(f"step {step + 1}: held-out "
-                  + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()), flush=True)
+            print(f"step {step + 1}: held-out {listed(scores)}", flush=True)
             write_folder(model, tokenizer, args.out)
             save(model, tokenizer, optimizers, step + 1, args.out / "state.pt")
 
