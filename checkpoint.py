@@ -47,6 +47,8 @@ FILES = [                     # what is downloaded of a repository
 
 def find_folder(name: str) -> Path:
     """The folder of this name; or of a Hugging Face repo id ("owner/name"), downloaded once."""
+    if not name:
+        raise ModelError("--model is empty: it takes a folder or a Hugging Face repo id")
     try:
         folder = Path(name).expanduser()
         if folder.is_dir():
@@ -641,13 +643,13 @@ def special_tokens(config: dict) -> dict[str, str]:
 
 
 def stop_tokens(folder: Path) -> set[int]:
-    """Ids that end a text: an id or a list, from the first file that names any."""
+    """Ids that end a text: an id or a list of some, from the first file that names any."""
     for file in ("generation_config.json", "config.json"):
         ids = read_json(folder / file).get("eos_token_id")
-        if ids is None:
+        if ids in (None, []):
             continue
         ids = ids if isinstance(ids, list) else [ids]
-        if not all(isinstance(i, int) for i in ids):
+        if not all(type(i) is int for i in ids):         # True is no id
             raise ModelError(f"{folder / file}: eos_token_id is neither a token id nor a list of "
                              "them")
         return set(ids)

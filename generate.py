@@ -431,7 +431,9 @@ def report(args: argparse.Namespace, stats: Stats, layers: int):
         say(f"  {layers_colour}[drafted by some layers]{PLAIN}, "
             f"{lookup_colour}{{looked up}}{PLAIN}, both accepted; "
             f"{own_colour}the whole model's own{PLAIN}")
-    if args.show_skips:
+    if args.show_skips and not stats.skip_sets:
+        say("  no layers were chosen")
+    elif args.show_skips:
         say("  layers run (█) and skipped (░), first to last, from the n-th new token on:")
         for new_tokens, skipped in stats.skip_sets:
             strip = "".join("░" if i in skipped else "█" for i in range(layers))
@@ -447,7 +449,9 @@ def report_clasp(stats: Stats, layers: int):
         if looked_up:
             drafts += f", {looked_up} of them looked up"
         if "layers" in stats.sources:
-            drafts += f", with {len(stats.skip_sets[-1][1])} of {layers} layers skipped"
+            sizes = sorted({len(skip) for _, skip in stats.skip_sets})
+            skipped = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+            drafts += f", with {skipped} of {layers} layers skipped"
     say(f"  {stats.tau:.2f} tokens per pass of the whole model (tau); {drafts}")
     parts = [
         ("draft", stats.draft_seconds),
@@ -490,8 +494,9 @@ def require_trace(args: argparse.Namespace):
     require(args.method == "clasp", "--trace shows drafts, and --method autoregressive has none")
     path = Path(args.trace)
     require(path.suffix == ".html", f"--trace writes a page: {args.trace!r} should end in .html")
-    require(path.parent.is_dir() and not path.is_dir() and os.access(path.parent, os.W_OK),
+    require(path.parent.is_dir() and os.access(path.parent, os.W_OK),
             f"cannot write --trace {args.trace}: no such folder, or it is not writable")
+    require(path.is_file() or not path.exists(), f"--trace {args.trace} is there and is no file")
 
 
 def write_trace(decoder: "Decoder", tokenizer: Tokenizer, plain_ends: list[float]):
@@ -501,8 +506,20 @@ def write_trace(decoder: "Decoder", tokenizer: Tokenizer, plain_ends: list[float
              f"{args.temperature}, {str(weight.dtype).removeprefix('torch.')} on {weight.device}")
     found = record(decoder.drafter, tokenizer, plain_ends, about)
     if my_place().rank == 0:
-        Path(args.trace).write_text(page(found), encoding="utf-8")
+        write_whole(Path(args.trace), page(found))
     say(f"the run is shown in {args.trace}: open it in a browser")
+
+
+def write_whole(path: Path, text: str):
+    """All of it, or what was there before stays."""
+    beside = path.with_name(f"{path.name}.new")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except OSError as error:
+        raise SettingsError(f"cannot write --trace {path}: {error.strerror}") from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- comparing

@@ -614,18 +614,29 @@ def distribution(logits: Tensor, temperature: float, top_p: float) -> Tensor:
 def nucleus(p: Tensor, top_p: float) -> Tensor:
     """Top-p: the fewest most likely tokens whose probabilities reach top_p together, renormalised.
 
-    They are looked for among the LIKELIEST tokens first: to order a large vocabulary takes longer
-    than a pass of a small model.
+    Any that are as likely as the least of these are in it too. So a row's nucleus is its own
+    affair: how equals happen to be ordered, which differs from pass to pass, plays no part.
+
+    It is looked for among the LIKELIEST tokens first: to order a large vocabulary takes longer than
+    a pass of a small model.
     """
-    vocabulary = p.shape[-1]
-    for count in (min(LIKELIEST, vocabulary), vocabulary):
-        ordered, token = p.topk(count, dim=-1)
-        before = ordered.cumsum(-1) - ordered                    # probability of those before it
-        outside = before >= top_p
-        if outside[..., -1].all():                               # the nucleus ends within them
-            break
-    p = torch.zeros_like(p).scatter(-1, token, ordered.masked_fill(outside, 0))
-    return p / p.sum(-1, keepdim=True)
+    rows = p.reshape(-1, p.shape[-1])
+    least, is_whole = least_likely(rows, top_p, min(LIKELIEST, p.shape[-1]))
+    if not is_whole.all():
+        least[~is_whole] = least_likely(rows[~is_whole], top_p, p.shape[-1])[0]
+    rows = rows.masked_fill(rows < least[:, None], 0)
+    return (rows / rows.sum(-1, keepdim=True)).view_as(p)
+
+
+def least_likely(p: Tensor, top_p: float, count: int) -> tuple[Tensor, Tensor]:
+    """Of each nucleus of p (rows, vocabulary), as far as it lies among the ``count`` likeliest.
+
+    The probability of its last token (rows,), and whether it ends there.
+    """
+    ordered = p.topk(count, dim=-1).values
+    before = ordered.cumsum(-1) - ordered                        # probability of those before it
+    outside = before >= top_p
+    return ordered.masked_fill(outside, 1).amin(-1), outside[:, -1]
 
 
 # ---------------------------------------------------------------------------- clock and refusals

@@ -362,8 +362,8 @@ def arguments() -> argparse.Namespace:
                         help="also measure entry.py on the bundled model")
     args = parser.parse_args()
     args.repo = handed_in(args.repo.resolve())
-    if args.seed is not None and not 0 <= args.seed < 1 << 62:
-        parser.error("--seed must lie between 0 and 2^62 - 1")
+    if args.seed is not None and not 0 <= args.seed < 1 << 50:
+        parser.error("--seed must lie between 0 and 2^50 - 1")
     if args.seed is not None and not REFERENCE.exists():
         parser.error("--seed needs the reference, which is not handed out")
     if not args.json and not holds_core(args.repo):

@@ -303,6 +303,8 @@ def news(
             reason = reason or value_fault(node)
         if new & set(dir(builtins)):
             reason = f"line {node.lineno} takes a builtin's name"
+        if is_function(node) and not reason:
+            reason = definition_fault(node, known | bound(ast.Module(taken, [])))
         if reason:
             notes.append(f"{file}: {', '.join(sorted(new))}: {reason}")
         if reason and is_function(node):
@@ -313,6 +315,19 @@ def news(
     return taken
 
 
+def definition_fault(node: ast.FunctionDef, known: set[str]) -> str:
+    """What is named by defaults and decorators, which are needed at once, and is not taken."""
+    for part in [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]:
+        inside = list(ast.walk(part))
+        names = [n for n in inside if isinstance(n, ast.Name)]
+        its_own = {n.arg for n in inside if isinstance(n, ast.arg)}
+        its_own |= {n.id for n in names if isinstance(n.ctx, ast.Store)}
+        for name in names:
+            if name.id not in known | its_own | BUILTINS:
+                return f"line {name.lineno} names {name.id}, which is not taken"
+    return ""
+
+
 def without_annotations(statement: ast.stmt) -> ast.stmt:
     """Python would look them up, and what they name may not be taken."""
     for node in ast.walk(statement):
@@ -320,6 +335,8 @@ def without_annotations(statement: ast.stmt) -> ast.stmt:
             node.annotation = None
         elif is_function(node):
             node.returns = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
     return statement
 
 

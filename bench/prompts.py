@@ -68,7 +68,7 @@ def read_spec_bench(path: Path) -> list[Question]:
                 name = f"{entry['question_id']}, line {number}"
                 group = GROUPS.get(entry["category"], "chat")
                 questions.append(Question(name, group, texts(entry["turns"])))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SettingsError(f"{path}: not Spec-Bench's question.jsonl ({error!r})") from None
     return questions
 

@@ -52,8 +52,10 @@ def parsed(content: bytes) -> dict[tuple, dict]:
 def header_of(target: Target, args, questions: list[Question]) -> dict:
     """What a stopped run must have in common with the one that goes on with it.
 
-    Not how often and at which temperatures: those may be added to.
+    Methods, repetitions and temperatures may be added to: but not with SWIFT among them, whose
+    search goes on from text to text.
     """
+    order = [list(args.methods), args.repeat, list(args.temperatures)]
     asked = [(*question, target.encode(question.turns[:1])) for question in questions]
     return {
         "model": target.name,
@@ -66,4 +68,5 @@ def header_of(target: Target, args, questions: list[Question]) -> dict:
         "seed": args.seed,
         "questions": zlib.crc32(repr((asked, sorted(target.stop))).encode()),
         "unpadded": list(UNPADDED),
+        "order": order if "swift" in args.methods else None,
     }

@@ -117,7 +117,8 @@ class Target:
         """Token ids of a conversation, in the model's chat template if it has one."""
         if self.tokenizer is None:
             words = " ".join(turns).split()
-            return [zlib.crc32(word.encode()) % self.model.config.vocab_size for word in words]
+            numbers = [zlib.crc32(word.encode(errors="surrogatepass")) for word in words]
+            return [number % self.model.config.vocab_size for number in numbers]
         return self.tokenizer.encode(turns, self.tokenizer.has_chat_template)
 
     def decode(self, tokens: list[int]) -> str:

@@ -54,7 +54,7 @@ class Conversation:
         self.messages: list[str] = []                    # the user's and the model's in turn
         self.known: list[int] = []                       # the tokens that the cache holds
         self.stats = Stats()                             # of the last answer
-        self.prefilled = 0                               # tokens of its prompt that were new
+        self.prefilled = 0                               # tokens that its prefill computed
 
     def answer(self, message: str) -> Iterator[str]:
         """The answer in pieces. If the caller stops early, what was said so far is kept.
@@ -119,10 +119,10 @@ def common_prefix(a: list[int], b: list[int]) -> int:
 def talk(conversation: Conversation, as_json: bool, say: Callable[[str], None]):
     """Answer messages until there are no more. say: prints a line to standard error.
 
-    On a terminal there are a sign, line editing and history; else each line is a message. With
-    ``as_json`` an answer is one JSON object.
+    On a terminal there are a sign, line editing and history; else, or if what is printed goes to a
+    file, each line is a message. With ``as_json`` an answer is one JSON object.
     """
-    on_terminal = sys.stdin.isatty()
+    on_terminal = sys.stdin.isatty() and sys.stdout.isatty()     # the sign goes to standard output
     if on_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing and history for input()
@@ -198,8 +198,8 @@ def summary(conversation: Conversation) -> str:
     wrote = Counter(source or "the whole model" for source in stats.sources)
     shares = ", ".join(f"{name} {count}" for name, count in wrote.most_common())
     return (f"[{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, tau "
-            f"{stats.tau:.2f}; written by {shares or 'nobody'}; prompt: {conversation.prefilled} "
-            f"new tokens in {stats.prefill_seconds:.2f} s]")
+            f"{stats.tau:.2f}; written by {shares or 'nobody'}; prefill: {conversation.prefilled} "
+            f"tokens in {stats.prefill_seconds:.2f} s]")
 
 
 def turn_as_json(

@@ -15,6 +15,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from extras.parallel import all_agree
 from model import BLOCK, KVCache, Llama, rope_table
 from speculative import full_pass, prefill
 
@@ -50,16 +51,20 @@ def exact_width(model: Llama, rows: int) -> int | None:
 
 @torch.inference_mode()
 def is_even(model: Llama, width: int) -> bool:
-    """Do equal rows come out equal, in every place, of all that a pass of the model computes?"""
-    random = torch.Generator().manual_seed(0)
+    """Do equal rows come out equal, in every place, of all that a pass of the model computes?
+
+    Processes that share a model add up as often, and see only their own heads' attention. So each
+    computes a whole trial, and then all judge it together.
+    """
     in_float32 = model.embed.weight.dtype == torch.float32
     sizes = [BLOCK, 2 * BLOCK, 3 * BLOCK]
     sizes += [slots for slots in LONG if slots <= model.config.max_position_embeddings]
     for trial in range(TRIALS if in_float32 else TRIALS_16_BITS):
         slots = sizes[trial % len(sizes)]
-        for rows in results_of_equal_rows(model, width, slots, random):
-            if not torch.equal(rows, rows[:1].expand_as(rows)):
-                return False
+        random = torch.Generator().manual_seed(trial)
+        results = list(results_of_equal_rows(model, width, slots, random))
+        if not all_agree(all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in results)):
+            return False
     return True
 
 
@@ -88,7 +93,8 @@ def passes_agree(model: Llama, width: int) -> bool:
 def results_of_equal_rows(model: Llama, width: int, slots: int, random: torch.Generator):
     """What a layer of each kind, the head and attention make of one random row, ``width`` times.
 
-    Yields tensors (width, ...). All rows see the same random keys and values.
+    Yields tensors (width, ...). All rows see the same random keys and values. The row comes first:
+    processes that share a model have the same one, and heads of their own.
     """
     c = model.config
     weight = model.embed.weight
@@ -97,9 +103,9 @@ def results_of_equal_rows(model: Llama, width: int, slots: int, random: torch.Ge
         return torch.randn(shape, generator=random).to(weight)
 
     cos, sin = rope_table(c, 1, weight.device, weight.dtype)
+    row = some(c.hidden_size).repeat(1, width, 1)
     keys, values = some(2, 1, c.num_key_value_heads, slots, c.head_dim)
     mask = weight.new_zeros(width, slots)
-    row = some(c.hidden_size).repeat(1, width, 1)
     for layer in layers_of_each_kind(model):
         state = layer(row, cos, sin, mask, lambda k, v: (keys, values))
         yield model.logits(state)[0]

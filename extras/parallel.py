@@ -116,6 +116,13 @@ def sent(x: Tensor) -> Tensor:
     return x
 
 
+def all_agree(yes: bool) -> bool:
+    """Do all ranks say yes? A process that is alone is one rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return yes
+    return bool(added_in_order(torch.tensor(float(yes))) == dist.get_world_size())
+
+
 class SharedInput(io.RawIOBase):
     """Standard input of all ranks: rank 0 reads, and sends what it has read."""
 

@@ -497,6 +497,31 @@ raise SystemExit(1)
     assert len(notes) == 4
 
 
+def test_a_function_that_needs_what_is_not_taken_costs_only_itself(tmp_path):
+    """Defaults, decorators and annotations of values are looked up when a module loads."""
+    path = tmp_path / "dp_skip.py"
+    core = grade.skeletons([3])
+    path.write_text(core["dp_skip"] + """
+from functools import wraps
+from typing import Final
+NEG_INF = float("-inf")
+EPS: Final = 1e-6
+def fill(x, value=NEG_INF): return value
+def later(x, *, value=NEG_INF): return value
+@wraps
+def helper(): return 1
+def fine(x=EPS, key=lambda y: y + EPS, all=[i for i in range(3)]): return key(x)
+""")
+    tree, notes = taken.assemble(core["dp_skip"], path, taken.names_of(core))
+    module = {"__watched__": checks.common.watched, "__name__": "dp_skip"}
+    exec(compile(tree, "dp_skip.py", "exec"), module)
+    assert module["fine"]() == 2e-6
+    for name in ("fill", "later", "helper"):
+        assert any(f"{name}: line" in note and "which is not taken" in note for note in notes)
+        with pytest.raises(NotImplementedError, match="not taken"):
+            module[name]()
+
+
 def test_fields_of_the_cores_objects_may_be_used():
     """Also where a module has the same name, as torch.distributions."""
     fields = taken.names_of(grade.skeletons([6])).fields

@@ -261,6 +261,18 @@ def test_what_is_compared_was_run_in_one_race(tmp_path):
     assert teams("even") == together              # it is there
 
 
+def test_nothing_is_added_to_a_run_whose_search_goes_from_text_to_text(tmp_path, capsys):
+    out = tmp_path / "run.jsonl"
+    argv = [*TINY, "--repeat", "1", "--temperatures", "0", "--methods", "swift", "--out", str(out)]
+    assert program.main(argv) == 0
+    table = capsys.readouterr().out
+    for more in (["--methods", "even,swift"], ["--repeat", "2"], ["--temperatures", "0,1"]):
+        assert program.main([*argv, *more]) == 2
+        assert "another run" in capsys.readouterr().err
+    assert program.main(argv) == 0                # goes on, here with nothing
+    assert capsys.readouterr().out == table
+
+
 def key_of(line: str) -> str:
     return str(json.loads(line)["key"])
 

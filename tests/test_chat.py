@@ -239,6 +239,18 @@ def test_lines_of_a_file_are_messages_and_the_answers_are_lines(folder, model, t
     assert "/quit" in done.stderr                            # of /help
 
 
+def test_no_sign_is_printed_among_answers_that_go_to_a_file(folder, tmp_path):
+    keyboard, terminal = pty.openpty()
+    command = [*COMMAND, "--model", str(folder), "--max-new-tokens", "3", "--json"]
+    with open(tmp_path / "answers", "w") as answers:
+        running = subprocess.Popen(
+            command, stdin=terminal, stdout=answers, stderr=subprocess.DEVNULL)
+        os.write(keyboard, b"Tell me.\n/quit\n")
+        assert running.wait(timeout=120) == 0
+    [line] = (tmp_path / "answers").read_text().splitlines()
+    assert json.loads(line)["message"] == "Tell me."
+
+
 def test_json_is_one_object_a_turn(folder, model, tokenizer):
     done = chat(folder, [*MESSAGES[:2], "/quit", "not asked"], "--json", "--drafter", "layers")
     turns = [json.loads(line) for line in done.stdout.splitlines()]

@@ -480,6 +480,7 @@ def test_begin_of_text_comes_once_or_as_the_files_say(text_folder, add_begin, be
 @pytest.mark.parametrize("fields, stop", [
     ({"eos_token_id": 7}, {7}),
     ({"eos_token_id": [7, 9]}, {7, 9}),
+    ({"eos_token_id": []}, {3}),
 ])
 def test_stop_tokens_are_one_or_a_list_and_generation_config_comes_first(
     text_folder, fields, stop

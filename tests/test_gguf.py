@@ -41,14 +41,15 @@ OUTER_NAMES = {
 
 # ---------------------------------------------------------------------------- writing GGUF
 
-def write_gguf(path: Path, model: Path, architecture="llama", extra=None, **tokenizer):
+def write_gguf(path: Path, model: Path, architecture="llama", extra=None, heads=None, **tokenizer):
     """A golden model as GGUF, with a byte-level tokenizer of 61 letters.
 
-    extra(writer): adds what the model does not have. tokenizer: see add_tokenizer.
+    extra(writer): adds what the model does not have. heads: said in place of its own, or a list of
+    those of each layer. tokenizer: see add_tokenizer.
     """
     config = json.loads((model / "config.json").read_text())
     writer = gguf.GGUFWriter(path, architecture)
-    add_config(writer, config)
+    add_config(writer, config, heads)
     add_tokenizer(writer, **tokenizer)
     for name, weight in load_file(model / "model.safetensors").items():
         writer.add_tensor(gguf_name(name), interleaved(name, weight, config).numpy())
@@ -60,11 +61,11 @@ def write_gguf(path: Path, model: Path, architecture="llama", extra=None, **toke
     writer.close()
 
 
-def add_config(writer, config: dict):
+def add_config(writer, config: dict, heads):
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count(config["num_attention_heads"] if heads is None else heads)
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_key_length(config["head_dim"])
     writer.add_context_length(config["max_position_embeddings"])
@@ -264,7 +265,24 @@ def a_scaling_of_2023(path: Path):
     write_gguf(path, GOLDEN / "gqa-untied", extra=extra)
 
 
+def heads_of_each_layer(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", heads=[4, 4])
+
+
+def no_heads(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", heads=0)
+
+
+def too_few_divisors(path: Path):
+    def extra(writer):
+        writer.add_tensor("rope_freqs.weight", torch.ones(3).numpy())
+    write_gguf(path, GOLDEN / "gqa-untied", extra=extra)
+
+
 @pytest.mark.parametrize("make, word", [
+    (heads_of_each_layer, "head_count is not a number above 0"),
+    (no_heads, "head_count is not a number above 0"),
+    (too_few_divisors, "is not LLaMA 3.1's"),
     (an_unnamed_scaling, "unsupported RoPE scaling 'linear'"),
     (a_scaling_of_2023, "unsupported RoPE scaling 'linear'"),
     (an_unknown_merge, "tokenizer is damaged"),

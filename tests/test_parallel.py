@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import BUNDLED, load_model
 from extras.auto import Auto
-from extras.exact import exact_width
+from extras.exact import ATTENTION_TRIALS, exact_width
 from extras.packed import choose_form, pack
 from extras.parallel import (
     SharedInput,
@@ -200,6 +200,33 @@ def test_texts_are_those_of_plain_decoding_and_of_one_process(
             prompt = tokens_of(alone, 7 + 5 * i, seed=i)
             expected = list(autoregressive(alone, prompt, tokens))
             assert ties(folder, prompt, found["one row", i], expected) <= 1
+
+
+def width_where_one_rank_is_uneven(rank: int, folder: Path) -> int | None:
+    """On rank 1 five rows of attention differ, too little for the sum of all heads to show it."""
+    model = shared_model(folder, torch.float32, rank, 2)
+    layer = model.layers[0]
+    attend = layer.attend
+    calls = 0
+
+    def uneven(q, k, v, mask):
+        nonlocal calls
+        calls += 1
+        heads = attend(q, k, v, mask)
+        if rank == 1 and q.shape[2] == 5 and calls == 1 + ATTENTION_TRIALS:      # after a layer's
+            heads[:, :, -1] += 1
+        return heads
+
+    layer.attend = uneven
+    return exact_width(model, 5)
+
+
+@pytest.mark.parametrize("heads", [8, 6])
+def test_ranks_agree_on_a_width_though_one_alone_sees_that_another_fails(tmp_path, heads):
+    """Of 6 heads the ranks have unequal shares, and so draw keys of other shapes."""
+    folder = small_folder(tmp_path / "model", heads=heads)
+    width, other_width = on_ranks(2, width_where_one_rank_is_uneven, tmp_path, folder)
+    assert width == other_width != 5
 
 
 def width_and_kind(rank: int, folder: Path) -> tuple:

@@ -1,10 +1,13 @@
 """The page of a run (--trace): what is recorded is what happened, and the page shows it."""
+import errno
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import generate
 from checkpoint import BUNDLED, Tokenizer
 from extras.auto import Auto
 from extras.trace import Traced, page, record
-from speculative import Clasp, Stats, decode
+from speculative import Clasp, SettingsError, Stats, decode
 
 CHROMIUM = shutil.which("chromium")
 PROMPT = "Once upon a time there was a king"
@@ -188,6 +191,28 @@ def test_a_page_that_cannot_be_is_refused_before_anything_is_written(
     assert out.out == ""
     assert len(out.err.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path, monkeypatch):
+    file = tmp_path / "run.html"
+    file.write_text("before")
+
+    def full(path, text, **settings):
+        path.write_bytes(text[:3].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SettingsError, match="cannot write --trace .*run.html: No space left"):
+        generate.write_whole(file, "after")
+    assert file.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_pipe_is_no_page(tmp_path, capsys):
+    file = tmp_path / "run.html"
+    os.mkfifo(file)
+    assert generate.main(["--trace", str(file)]) == 2
+    assert "is no file" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------- in a browser

@@ -1,4 +1,5 @@
 """checkpoints/tiny-stories: what trains the model trains, and refuses before hours are lost."""
+import math
 import random
 import sys
 from dataclasses import replace
@@ -114,7 +115,9 @@ def test_a_state_of_another_text(small, monkeypatch, capsys, options):
 
 
 @pytest.mark.parametrize("options", [[], ["--average", "out/state.pt=1"]])
-@pytest.mark.parametrize("state", [{"step": 1}, [], b"nothing that was saved", b""])
+@pytest.mark.parametrize("state", [
+    {"step": 1}, {"tokenizer": "{}", "model": {"norm.weight": torch.ones(3)}}, [], torch.ones(2),
+    b"nothing that was saved", b""])
 def test_a_file_that_is_no_state(small, monkeypatch, capsys, options, state):
     Path("out").mkdir()
     if isinstance(state, bytes):
@@ -130,6 +133,11 @@ def test_a_file_that_is_no_state(small, monkeypatch, capsys, options, state):
     (["--average", "stories.txt"], "a share is missing"),
     (["--average", "nowhere=1"], "there is no file"),
     (["--average", "stories.txt=0"], "above 0"),
+    (["--average", "stories.txt=1e308"], "above 0"),
+    (["--rate", "-1"], "must lie between"),
+    (["--rate", "inf"], "must lie between"),
+    (["--weight-decay", "nan"], "must lie between"),
+    (["--device", "abacus"], "abacus cannot be used"),
 ])
 def test_options_that_make_no_sense(small, monkeypatch, capsys, options, said):
     assert said in refused(monkeypatch, capsys, *options).splitlines()[-1]
@@ -165,6 +173,35 @@ def test_a_share_of_nothing_changes_nothing(small, monkeypatch):
     run_practise(monkeypatch, "--steps", "2", "--share", "0")
     before, after = load_file("out/model.safetensors"), load_file("better/model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("options", [
+    ["--temperature", "1e-300"], ["--rate", "-1"], ["--repeating", "nan"], ["--share", "2"],
+])
+def test_options_of_practice_that_make_no_sense(small, monkeypatch, capsys, options):
+    with pytest.raises(SystemExit) as ended:
+        run_practise(monkeypatch, *options)
+    assert ended.value.code == 2
+    assert "must " in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_has_diverged_is_not_written_over_what_has_not(small, monkeypatch, capsys):
+    run(monkeypatch, "--steps", "1")
+    before = Path("out/state.pt").read_bytes(), Path("out/model.safetensors").read_bytes()
+    monkeypatch.setattr(train, "set_rate", diverging)
+    said = refused(monkeypatch, capsys, "--steps", "3")
+    assert "nothing was written" in said.splitlines()[-1]
+    assert before == (Path("out/state.pt").read_bytes(), Path("out/model.safetensors").read_bytes())
+    with pytest.raises(SystemExit):
+        run_practise(monkeypatch)
+    assert not Path("better/model.safetensors").exists()
+
+
+def diverging(optimizers, *args) -> float:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = math.inf
+    return math.inf
 
 
 @pytest.mark.parametrize("start, stories", [

@@ -32,7 +32,9 @@ from tokenizers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from generate import Parser
 from model import Config, inverse_frequencies
+from speculative import SettingsError
 
 SHARD_BYTES = 4 << 30         # of a file of weights, at most
 
@@ -56,25 +58,33 @@ SCALING = {
 }
 
 
+def number(field: Field, name: str, *default) -> int | float:
+    """A field that is one number above 0. Some models have one for each layer: no plain LLaMA's."""
+    value = field(name, *default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        refuse(f"{name} is not a number above 0")
+    return value
+
+
 def read_config(field: Field, tensors: dict) -> dict:
     """config.json from the metadata."""
     if "token_embd.weight" not in tensors:
         refuse("there are no weights in this file")
-    heads = field("llama.attention.head_count")
-    dim = field("llama.embedding_length")
+    heads = number(field, "llama.attention.head_count")
+    dim = number(field, "llama.embedding_length")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "hidden_size": dim,
-        "intermediate_size": field("llama.feed_forward_length"),
-        "num_hidden_layers": field("llama.block_count"),
+        "intermediate_size": number(field, "llama.feed_forward_length"),
+        "num_hidden_layers": number(field, "llama.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": field("llama.attention.head_count_kv", heads),
-        "head_dim": field("llama.attention.key_length", dim // heads),
-        "max_position_embeddings": field("llama.context_length"),
-        "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": field("llama.rope.freq_base", 10000.0),
+        "num_key_value_heads": number(field, "llama.attention.head_count_kv", heads),
+        "head_dim": number(field, "llama.attention.key_length", dim // heads),
+        "max_position_embeddings": number(field, "llama.context_length"),
+        "rms_norm_eps": number(field, "llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": number(field, "llama.rope.freq_base", 10000.0),
         "rope_scaling": None,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -103,7 +113,7 @@ def recognise_scaling(config: dict, divisors: torch.Tensor) -> dict:
     plain = Config(**known | {"rope_scaling": None})
     scaled = Config(**known | {"rope_scaling": scaling})
     ratio = inverse_frequencies(plain) / inverse_frequencies(scaled)
-    if not torch.allclose(ratio, divisors, rtol=1e-4):
+    if ratio.shape != divisors.shape or not torch.allclose(ratio, divisors, rtol=1e-4):
         refuse("rope_freqs.weight is not LLaMA 3.1's frequency scaling")
     return scaling
 
@@ -342,17 +352,20 @@ def tokenizer_config(field: Field, config: dict) -> dict:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("gguf", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    return parser.parse_args()
+    try:
+        return parser.parse_args()
+    except SettingsError as error:
+        refuse(str(error))
 
 
 def build_folder(out: Path, fill: Callable):
     """Make a folder beside ``out``, let fill(folder) write into it, and give it its name.
 
-    If that fails, nothing is left.
+    If that fails, nothing of it is left.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f"{out.name}.", dir=out.parent))
@@ -425,4 +438,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

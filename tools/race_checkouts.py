@@ -4,8 +4,9 @@
     python tools/race_checkouts.py ../before --rounds 15 -- --model MODEL --draft-length 3
 
 Runs ``generate.py --temperature 0 --compare --json`` of both in turn, a process each, and prints
-the median of this one's speed over the other's, round by round: of CLaSp, and of plain decoding.
-What stands after ``--`` is handed on to both. Use it on a quiet machine, and look at the quartiles.
+the median of this one's speed over the other's, round by round: of speculative decoding, and of
+plain decoding. What stands after ``--`` is handed on to both. Use it on a quiet machine, and look
+at the quartiles.
 """
 import argparse
 import json
@@ -13,8 +14,12 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 HERE = Path(__file__).resolve().parents[1]
+DRAFTED = "speculative decoding"
+PLAIN = "plain decoding"
+NEW_LINE = "\n"
 
 
 def speeds(checkout: Path, options: list[str]) -> dict[str, float]:
@@ -23,12 +28,20 @@ def speeds(checkout: Path, options: list[str]) -> dict[str, float]:
                "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"race_checkouts.py: {checkout}: {done.stderr.strip()}")
-    answer = json.loads(done.stdout)
-    return {
-        "CLaSp": answer["stats"]["tokens_per_second"],
-        "plain decoding": answer["autoregressive"]["tokens_per_second"],
-    }
+        refuse(f"{checkout}: {done.stderr.strip().rpartition(NEW_LINE)[2]}")
+    try:
+        answer = json.loads(done.stdout)
+        return {
+            DRAFTED: answer["stats"]["tokens_per_second"],
+            PLAIN: answer["autoregressive"]["tokens_per_second"],
+        }
+    except (ValueError, KeyError):
+        refuse(f"{checkout}: with these options nothing is compared: {' '.join(options)}")
+
+
+def refuse(why: str) -> NoReturn:
+    print(f"race_checkouts.py: {why}", file=sys.stderr)
+    sys.exit(2)
 
 
 def main():
@@ -43,7 +56,7 @@ def main():
     args = parser.parse_args(own)
     if args.rounds < 2:
         parser.error("--rounds must be at least 2")
-    ratios = {"CLaSp": [], "plain decoding": []}
+    ratios = {DRAFTED: [], PLAIN: []}
     for round_number in range(args.rounds):
         checkouts = {"own": HERE, "other": args.other}
         order = reversed(checkouts) if round_number % 2 else checkouts    # who is first may matter

@@ -652,17 +652,28 @@ def noted():
     """The DP and the draft exchanged for doubles that note their calls.
 
     ``runs``: of the DP, whose n-th run chooses layers n, n+1, ... ``drafts``: of the draft.
+    ``measures``: the name of what each run of the DP was to measure by.
     """
+    import dp_skip
     import speculative
     from dp_skip import Selection
-    seen = SimpleNamespace(runs=[], drafts=[], draft=speculative.Draft([4, 5], [None, None]))
+    seen = SimpleNamespace(
+        runs=[], measures=[], drafts=[], draft=speculative.Draft([4, 5], [None, None]))
 
     def select_layers(layer, states, budget, smallest=0, measure=None):
         first = len(seen.runs)
+        told = (measure or distances)(torch.zeros(1, 2), torch.zeros(2)).item()
+        seen.measures.append("relative_distances" if told else "distances")
         sets = []
         for m in range(smallest, budget + 1):
             sets.append(frozenset((first + i) % LAYERS for i in range(m)))
         return Selection(sets, [1.0] * len(sets))
+
+    def distances(candidates, state):
+        return torch.zeros(len(candidates))
+
+    def relative_distances(candidates, state):
+        return torch.ones(len(candidates))
 
     def optimize(model, cache, hidden, budget, select=select_layers):
         selection = select(None, hidden, budget)
@@ -676,6 +687,9 @@ def noted():
     with contextlib.ExitStack() as stack:
         for double in (select_layers, optimize, draft_by_skipping):
             stack.enter_context(mock.patch.object(speculative, double.__name__, double))
+        for double, module in itertools.product(
+                (distances, relative_distances), (speculative, dp_skip)):
+            stack.enter_context(mock.patch.object(module, double.__name__, double))
         yield seen
 
 
@@ -796,6 +810,10 @@ def on_what():
                 equal(run.hidden[0, -1, 0].item(), float(cycle),
                       "The DP gets the states that the drafter was told last",
                       f"{where}: the cycle that they are of")
+            for measure in seen.measures:
+                equal(measure, "distances" if tokens == 1 else "relative_distances",
+                      "The DP measures by distances if opt_tokens is 1, else by relative_distances",
+                      f"{example}: measure")
             sets = [frozenset((n + i) % LAYERS for i in range(M)) for n in range(len(cycles))]
             expected = []
             for cycle in range(CYCLES):
@@ -818,3 +836,11 @@ def on_what():
               "A drafter may go from text to text: it forgets the states of the last one",
               "a longer prompt, then a prompt of one token, opt_tokens 4, its first run, after one "
               "cycle of 2 tokens: shape")
+    with noted() as seen:
+        drafter = speculative.Clasp(token_model(), M, 3, 0.0, CYCLES, 3)
+        text = text_of([1, 2])
+        text.cache.rows = 2 * M + 1
+        live(drafter, text, STATES, seen)
+        equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, 2, VOCABULARY),
+              "The DP goes by fewer tokens if cache.rows has no slots for M of each",
+              f"M = {M}, opt_tokens 3, cache.rows {2 * M + 1}: shape")

@@ -445,6 +445,16 @@ choose_layers.mistake(
     "states averaged over the layers",
     ("hidden, self.budget, select)", "hidden.mean(0), self.budget, select)"))
 choose_layers.mistake(
+    "the two measures exchanged",
+    ("self.opt_tokens > 1", "self.opt_tokens == 1"))
+choose_layers.mistake(
+    "the paper's measure for several tokens too",
+    ("dp_skip.relative_distances if self.opt_tokens > 1 else dp_skip.distances",
+     "dp_skip.distances"))
+choose_layers.mistake(
+    "more tokens than the cache has slots for",
+    ("-min(room, self.opt_tokens):", "-self.opt_tokens:"))
+choose_layers.mistake(
     "the first tokens' states",
     ("-min(room, self.opt_tokens):", ":min(room, self.opt_tokens)"))
 choose_layers.mistake(

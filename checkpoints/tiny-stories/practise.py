@@ -27,7 +27,17 @@ from pathlib import Path
 import torch
 import train
 from torch import Tensor
-from train import Passes, batches, draft_loss, held_out, positive, refuse
+from train import (
+    Passes,
+    amount,
+    batches,
+    device,
+    draft_loss,
+    held_out,
+    positive,
+    refuse,
+    require_sound,
+)
 
 from checkpoint import load_model
 from extras.attention import folded
@@ -161,12 +171,12 @@ def arguments() -> argparse.Namespace:
     add("--steps", type=positive, default=130)
     add("--share", type=share, default=0.5, help="of the weights after practice in the mean")
     add("--repeated", type=positive, default=4, help="tokens in a row that are a repetition")
-    add("--repeating", type=float, default=5.0, help="weight of the unlikelihood")
-    add("--change", type=float, default=0.2, help="weight of the divergence from the model before")
-    add("--draft", type=float, default=1.5, help="weight of the drafts' divergence")
-    add("--rate", type=float, default=2e-4, help="peak learning rate")
-    add("--temperature", type=above_zero, default=0.45, help="of the model's own text")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--repeating", type=amount, default=5.0, help="weight of the unlikelihood")
+    add("--change", type=amount, default=0.2, help="weight of the divergence from the model before")
+    add("--draft", type=amount, default=1.5, help="weight of the drafts' divergence")
+    add("--rate", type=amount, default=2e-4, help="peak learning rate")
+    add("--temperature", type=temperature, default=0.45, help="of the model's own text")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
@@ -176,9 +186,9 @@ def share(text: str) -> float:
     return float(text)
 
 
-def above_zero(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+def temperature(text: str) -> float:
+    if not 1e-6 <= float(text) <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1e-6, and 10^6 at most")
     return float(text)
 
 
@@ -233,6 +243,7 @@ def main():
     with torch.autocast(model.device.type, dtype=torch.bfloat16):
         scores = held_out(passes, unseen)
     print(f"held-out {train.listed(scores)}")
+    require_sound(scores)
     train.write_folder(model, tokenizer, args.out)
 
 

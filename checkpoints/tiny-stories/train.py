@@ -30,6 +30,7 @@ import argparse
 import gzip
 import itertools
 import json
+import math
 import os
 import pickle
 import random
@@ -365,14 +366,14 @@ def arguments() -> argparse.Namespace:
     add("stories", type=Path, help="text, a line <|endoftext|> after each story; may be gzipped")
     add("--out", type=Path, required=True, help="folder for the model and the state to resume from")
     add("--steps", type=positive, default=3500)
-    add("--rate", type=float, default=5e-3, help="peak learning rate")
-    add("--weight-decay", type=float, default=0.1, help="of the layers' matrices")
-    add("--draft-weight", type=float, default=1.5,
+    add("--rate", type=amount, default=5e-3, help="peak learning rate")
+    add("--weight-decay", type=amount, default=0.1, help="of the layers' matrices")
+    add("--draft-weight", type=amount, default=1.5,
         help="of the drafts' divergence in the last part; 1 before it")
     add("--save-every", type=positive, default=100)
     add("--average", nargs="+", metavar="STATE=SHARE", type=state_and_share,
         help="do not train: write the folder of the mean of these states, as old.pt=0.4 new.pt=0.6")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
@@ -382,14 +383,29 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def amount(text: str) -> float:
+    if not 0 <= float(text) <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 10^6")
+    return float(text)
+
+
+def device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except Exception as error:                   # each device has its own
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text} cannot be used: {reason}") from None
+    return text
+
+
 def state_and_share(text: str) -> tuple[Path, float]:
     path, _, share = text.rpartition("=")
     if not path:
         raise argparse.ArgumentTypeError(f"{text}: a share is missing, as in {text}=0.5")
     if not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"{text}: there is no file {path}")
-    if not 0 < float(share) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: a share must be above 0")
+    if not 0 < float(share) <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text}: a share must be above 0, and 10^6 at most")
     return Path(path), float(share)
 
 
@@ -411,6 +427,12 @@ def make_optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
     return [torch.optim.Muon(matrices, lr=args.rate, weight_decay=args.weight_decay,
                              adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(others, lr=args.rate, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def require_sound(scores: dict[str, float]):
+    """Before anything is written over: what has diverged is worth less."""
+    if not all(map(math.isfinite, scores.values())):
+        refuse("the loss is no number any more: nothing was written; try a lower --rate")
 
 
 def set_rate(optimizers, peak: float, step: int, steps: int, warm_up: int, decay: float) -> float:
@@ -447,7 +469,9 @@ def read_state(path: Path, tokenizer: Tokenizer, device: str) -> dict:
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         learnt = state["tokenizer"]
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError):
+        Llama(CONFIG).load_state_dict(state["model"])
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, AttributeError,
+            pickle.UnpicklingError):
         refuse(f"{path} is not a state that this script saved")
     if learnt != tokenizer.to_str():
         refuse(f"{path} was trained on another text, whose tokens are others; take that text, or "
@@ -528,6 +552,7 @@ def main():
             with torch.autocast(batch.device.type, dtype=torch.bfloat16):
                 scores = held_out(passes, test)
             print(f"step {step + 1}: held-out {listed(scores)}", flush=True)
+            require_sound(scores)
             write_folder(model, tokenizer, args.out)
             save(model, tokenizer, optimizers, step + 1, args.out / "state.pt")
 
