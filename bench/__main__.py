@@ -94,10 +94,10 @@ def require_sensible(args: argparse.Namespace):
         require(find_spec(package), f"this needs another package: pip install {package}")
     file = args.speed or args.out
     require(file.parent.is_dir(), f"there is no folder {file.parent}")
-    require(not file.is_dir(), f"{file} is a folder")
     if not (args.speed or args.figures):
         require(args.out.suffix == ".jsonl",
                 "--out must end in .jsonl: the table goes beside it as .md and .csv")
+    require(not file.is_dir(), f"{file} is a folder")
 
 
 def packages_needed(args: argparse.Namespace) -> list[str]:

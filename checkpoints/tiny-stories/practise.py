@@ -100,7 +100,9 @@ def write(model: Llama, stories: list[list[int]], rows: int, temperature: float,
             text[row].append(given[row].pop(0) if given[row] else drawn[row])
         if writer.length < train.LENGTH:
             logits = writer.read([row[-1] for row in text])
-            drawn = torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0].tolist()
+            p = (logits / temperature).softmax(-1)
+            require_sound({"p": p.sum()})
+            drawn = torch.multinomial(p, 1)[:, 0].tolist()
     return [row[1:] for row in text]
 
 

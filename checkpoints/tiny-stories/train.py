@@ -432,7 +432,7 @@ def make_optimizers(model: Llama, args) -> list[torch.optim.Optimizer]:
 def require_sound(scores: dict[str, float]):
     """Before anything is written over: what has diverged is worth less."""
     if not all(map(math.isfinite, scores.values())):
-        refuse("the loss is no number any more: nothing was written; try a lower --rate")
+        refuse("the model has diverged: nothing was written; try a lower --rate")
 
 
 def set_rate(optimizers, peak: float, step: int, steps: int, warm_up: int, decay: float) -> float:
@@ -468,9 +468,9 @@ def read_state(path: Path, tokenizer: Tokenizer, device: str) -> dict:
     """What ``save`` wrote. Of another text's tokens the weights would make no sense."""
     try:
         state = torch.load(path, map_location=device, weights_only=True)
-        learnt = state["tokenizer"]
+        learnt = dict(state)["tokenizer"]
         Llama(CONFIG).load_state_dict(state["model"])
-    except (OSError, EOFError, RuntimeError, LookupError, TypeError, AttributeError,
+    except (OSError, EOFError, RuntimeError, LookupError, TypeError, ValueError, AttributeError,
             pickle.UnpicklingError):
         refuse(f"{path} is not a state that this script saved")
     if learnt != tokenizer.to_str():
