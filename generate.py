@@ -449,8 +449,9 @@ def report_clasp(stats: Stats, layers: int):
         if looked_up:
             drafts += f", {looked_up} of them looked up"
         if "layers" in stats.sources:
-            sizes = sorted({len(skip) for _, skip in stats.skip_sets})
-            skipped = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+            sizes = [len(skip) for _, skip in stats.skip_sets]
+            least, most = min(sizes), max(sizes)
+            skipped = f"{least}" if least == most else f"{least} to {most}"
             drafts += f", with {skipped} of {layers} layers skipped"
     say(f"  {stats.tau:.2f} tokens per pass of the whole model (tau); {drafts}")
     parts = [

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from common import run_tool  # which lets the project's own modules be found
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import (
@@ -31,10 +32,8 @@ from tokenizers import (
     processors,
 )
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from generate import Parser
 from model import Config, inverse_frequencies
-from speculative import SettingsError
 
 SHARD_BYTES = 4 << 30         # of a file of weights, at most
 
@@ -356,10 +355,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("gguf", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    try:
-        return parser.parse_args()
-    except SettingsError as error:
-        refuse(str(error))
+    return parser.parse_args()
 
 
 def build_folder(out: Path, fill: Callable):
@@ -438,7 +434,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(run_tool("gguf_to_safetensors.py", main))

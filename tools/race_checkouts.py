@@ -14,12 +14,13 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-HERE = Path(__file__).resolve().parents[1]
+from common import ROOT, run_tool
+
+from speculative import SettingsError, require
+
 DRAFTED = "speculative decoding"
 PLAIN = "plain decoding"
-NEW_LINE = "\n"
 
 
 def speeds(checkout: Path, options: list[str]) -> dict[str, float]:
@@ -27,8 +28,8 @@ def speeds(checkout: Path, options: list[str]) -> dict[str, float]:
     command = [sys.executable, str(checkout / "generate.py"), "--temperature", "0", "--compare",
                "--json", *options]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        refuse(f"{checkout}: {done.stderr.strip().rpartition(NEW_LINE)[2]}")
+    last_line = done.stderr.strip().rpartition("\n")[2]
+    require(done.returncode == 0, f"{checkout}: {last_line}")
     try:
         answer = json.loads(done.stdout)
         return {
@@ -36,12 +37,8 @@ def speeds(checkout: Path, options: list[str]) -> dict[str, float]:
             PLAIN: answer["autoregressive"]["tokens_per_second"],
         }
     except (ValueError, KeyError):
-        refuse(f"{checkout}: with these options nothing is compared: {' '.join(options)}")
-
-
-def refuse(why: str) -> NoReturn:
-    print(f"race_checkouts.py: {why}", file=sys.stderr)
-    sys.exit(2)
+        raise SettingsError(
+            f"{checkout}: with these options nothing is compared: {' '.join(options)}") from None
 
 
 def main():
@@ -58,7 +55,7 @@ def main():
         parser.error("--rounds must be at least 2")
     ratios = {DRAFTED: [], PLAIN: []}
     for round_number in range(args.rounds):
-        checkouts = {"own": HERE, "other": args.other}
+        checkouts = {"own": ROOT, "other": args.other}
         order = reversed(checkouts) if round_number % 2 else checkouts    # who is first may matter
         found = {which: speeds(checkouts[which], handed_on) for which in order}
         for name, values in ratios.items():
@@ -70,4 +67,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_tool("race_checkouts.py", main))

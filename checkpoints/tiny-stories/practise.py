@@ -31,6 +31,7 @@ from train import (
     Passes,
     amount,
     batches,
+    between,
     device,
     draft_loss,
     held_out,
@@ -171,27 +172,16 @@ def arguments() -> argparse.Namespace:
     add("--start", type=Path, required=True, help="folder of the model, as train.py writes it")
     add("--out", type=Path, required=True, help="folder for the model that has practised")
     add("--steps", type=positive, default=130)
-    add("--share", type=share, default=0.5, help="of the weights after practice in the mean")
+    add("--share", type=between(0, 1), default=0.5,
+        help="of the weights after practice in the mean")
     add("--repeated", type=positive, default=4, help="tokens in a row that are a repetition")
     add("--repeating", type=amount, default=5.0, help="weight of the unlikelihood")
     add("--change", type=amount, default=0.2, help="weight of the divergence from the model before")
     add("--draft", type=amount, default=1.5, help="weight of the drafts' divergence")
     add("--rate", type=amount, default=2e-4, help="peak learning rate")
-    add("--temperature", type=temperature, default=0.45, help="of the model's own text")
+    add("--temperature", type=between(1e-6, 1e6), default=0.45, help="of the model's own text")
     add("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
-
-
-def share(text: str) -> float:
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 1")
-    return float(text)
-
-
-def temperature(text: str) -> float:
-    if not 1e-6 <= float(text) <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1e-6, and 10^6 at most")
-    return float(text)
 
 
 def load(folder: Path, tokenizer, device: str) -> Llama:

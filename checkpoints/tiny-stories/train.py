@@ -38,6 +38,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -383,10 +384,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def amount(text: str) -> float:
-    if not 0 <= float(text) <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text}: must lie between 0 and 10^6")
-    return float(text)
+def between(low: float, high: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text}: must lie between {low:g} and {high:g}")
+        return float(text)
+
+    return number
+
+
+amount = between(0, 1e6)
 
 
 def device(text: str) -> str:
