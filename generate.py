@@ -6,9 +6,8 @@ Text goes to standard output; the prompt's echo, statistics and progress go to s
 a user can get wrong ends in one line there and exit status 2.
 
 This file knows arguments (``arguments``), what follows from them (``Decoder``: which drafter, how
-wide a pass) and printing. The drafter is speculative.Clasp if its settings are typed or the model
-suggests some, as the bundled one does; else extras.auto.Auto, which looks words up too, and decides
-itself.
+wide a pass) and printing. The drafter is speculative.Clasp if its settings are typed, and else
+extras.auto.Auto, which looks words up too, and decides itself.
 """
 import argparse
 import contextlib
@@ -131,8 +130,7 @@ def add_clasp_arguments(parser: Parser):
     add("--drafter", choices=["auto", "layers", "lookup"],
         help="who drafts: layers: the model without some (CLaSp); lookup: what followed the same "
              "words earlier in the text; auto: whichever pays at each place, with all settings "
-             "chosen; default: layers if the model suggests or you give one of their settings, "
-             "else auto")
+             "chosen; default: layers if you give one of their settings, else auto")
     add("--skip-layers", type=layers_or_auto, metavar="M|auto",
         help=f"layers the draft leaves out; {by_model} half of them; auto: same as --drafter auto")
     add("--draft-length", type=int, metavar="K",

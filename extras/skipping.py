@@ -15,11 +15,11 @@ On the models measured, the share of draft tokens that the whole model rejects i
 
 and M and k are those of the largest E / T. If that is below one token in the time of a plain step,
 nothing is drafted. Now and then drafting is tried again: when what the attempt is expected to lose
-is at most TRIAL of the time that passed since. While drafting, each token's confidence sharpens the
-guess: with P the chance that all tokens so far are accepted, one more is worth its time if
-P a >= t(M) E / T, that is, if it brings more than the same time brings on average.
+is at most TRIAL of the time that passed since. While drafting, each token's confidence tells
+whether one more is worth its time (``Stopping``).
 
-Where a model suggests settings, none of this is needed: CLaSp drafts with these (``Settled``).
+Where a model suggests how many layers to skip, CLaSp chooses the sets, and only the length of each
+draft is left to be found (``Settled``).
 """
 import math
 from collections import defaultdict
@@ -51,8 +51,9 @@ SHARE = 0.015                 # of the time, at most, may go into the DP
 FIRST_INTERVAL = 16           # cycles between runs of the DP to begin with, and their limits
 SHORTEST_INTERVAL = 8
 LONGEST_INTERVAL = 512
-HOPED = 0.75                  # of a draft by known settings is thought to be right, and this
-CYCLES = 3                    # counts as much as so many cycles
+RIGHT = 0.65                  # of tokens drafted with known settings, before anything is known,
+CYCLES = 3                    # which counts as much as so many cycles
+NO_DISTANCE = 1.0             # where none is known: rejections are counted by the token
 NEAREST = 1e-2                # no distance counts as less: cosines are rounded
 
 
@@ -70,7 +71,7 @@ class Skipping(Drafter):
         self.hopeful = self.layers * model.config.layer_weights >= LARGE
         self.draft_length = draft_length
         self.costs = costs
-        self.rejections = Rejections()
+        self.stopping = Stopping(SLOPE)
         self.sets: dict[int, frozenset[int]] = {}        # by budget, from the last run of the DP
         self.distance: dict[int, float] = {}             # by budget: d
         self.budget = 0                                  # the best M at present
@@ -81,8 +82,6 @@ class Skipping(Drafter):
         self.allowance = 0.0                             # time that may be lost by trials
         self.failed = 0                                  # trials since drafts last paid
         self.trying = False                              # is the next draft a trial?
-        self.confidences = []                            # at each token of the present draft
-        self.all_right = 1.0                             # chance that all its tokens are right
 
     # ------------------------------------------------------------------ what Auto asks
 
@@ -97,14 +96,14 @@ class Skipping(Drafter):
         return self.trying or self.choice.rate > rate
 
     def propose(self, text: Text, most: int) -> Draft:
-        self.confidences = []
-        self.all_right = 1.0
         length = min(most, self.choice.length)
         if length == 0:
             return NO_DRAFT
         skip = self.sets[self.budget]
         self.report(text, skip)
-        return draft_by_skipping(text, skip, length, self.is_worth_another)
+        price = self.draft_time(self.budget) + self.costs.row_time(length)
+        self.stopping.begin(self.budget, self.distance[self.budget], price * self.choice.rate)
+        return draft_by_skipping(text, skip, length, self.stopping.is_worth_another)
 
     def observe(self, text: Text, outcome: Outcome):
         seconds = outcome.seconds
@@ -116,7 +115,7 @@ class Skipping(Drafter):
             share = self.costs.share(self.budget / self.layers)
             self.costs.note("draft", seconds["draft"] / len(outcome.draft.tokens), share)
             self.trying = False
-            self.learn(outcome.accepted)
+            self.stopping.learn(outcome.accepted)
             self.choose()
         else:
             self.allowance += TRIAL / (1 + self.failed) * self.costs.plain
@@ -142,25 +141,10 @@ class Skipping(Drafter):
                 self.budget = budget
 
     def rejection(self, budget: int) -> float:
-        return self.rejections.chance(budget, self.distance[budget])
+        return self.stopping.rejections.chance(budget, self.distance[budget])
 
     def draft_time(self, budget: int) -> float:
         return self.costs.time("draft") * self.costs.share(budget / self.layers)
-
-    def is_worth_another(self, confidence: float) -> bool:
-        """Is one more draft token worth its time, after one that the draft was so sure of?"""
-        budget = self.budget
-        distance = self.distance[budget]
-        self.confidences.append(confidence)
-        self.all_right *= 1 - self.rejections.chance_at(confidence, budget, distance)
-        gain = self.all_right * (1 - self.rejection(budget))
-        return gain >= self.draft_time(budget) * self.choice.rate
-
-    def learn(self, accepted: int):
-        """Tokens up to the first rejected one; those behind it say nothing."""
-        budget = self.budget
-        for i, confidence in enumerate(self.confidences[:accepted + 1]):
-            self.rejections.note(i == accepted, confidence, budget, self.distance[budget])
 
     # ------------------------------------------------------------------ the DP
 
@@ -227,18 +211,18 @@ class Skipping(Drafter):
 
 
 class Settled(Drafter):
-    """CLaSp with settings that are known to suit the model; when it drafts is Auto's decision too.
+    """CLaSp with settings that are known to suit the model; how far it drafts is found on the way.
 
-    Cycles that it does not draft in make what it knows of its tokens less certain, so that it is
-    tried again.
+    When it drafts is Auto's decision too. Cycles that it does not draft in make what it knows of
+    its rate less certain, so that it is tried again.
     """
 
     def __init__(self, model: Llama, clasp: Clasp, costs: Costs):
         self.clasp = clasp
         self.costs = costs
         self.share = costs.share(clasp.budget / len(model.layers))
-        self.drafted = Ratio()                           # tokens of a draft
-        self.accepted = Ratio()                          # and of these
+        self.stopping = Stopping(1 - RIGHT)
+        self.gain = Ratio()                              # tokens, by plain steps' time for them
 
     def begin(self, text: Text, hidden: Tensor | None):
         self.clasp.begin(text, hidden)
@@ -249,25 +233,34 @@ class Settled(Drafter):
     @property
     def rate(self) -> float:
         """Tokens expected per unit of time."""
-        most = self.clasp.draft_length
-        length = self.drafted.estimate(most, CYCLES)                 # a threshold may end it early
-        tokens = 1 + self.accepted.estimate(HOPED * most, CYCLES)
-        draft_time = self.costs.time("draft") * self.share
-        pass_time = self.costs.pass_times(most)[round(length)]
-        return tokens / (length * draft_time + pass_time)
+        longest = self.clasp.draft_length
+        pass_times = self.costs.pass_times(longest)
+        hoped = best_choice([RIGHT] * longest, self.draft_time, pass_times).rate
+        plain = self.costs.plain
+        return self.gain.estimate(hoped * plain, CYCLES) / plain
+
+    @property
+    def draft_time(self) -> float:
+        return self.costs.time("draft") * self.share
 
     def propose(self, text: Text, most: int) -> Draft:
-        return self.clasp.propose(text, most)
+        if self.clasp.skip is None:                      # no states were known to choose it by
+            return NO_DRAFT
+        longest = self.clasp.draft_length
+        price = self.draft_time + self.costs.row_time(longest)
+        self.stopping.begin(self.clasp.budget, NO_DISTANCE, price * self.rate)
+        return draft_by_skipping(
+            text, self.clasp.skip, min(most, longest), self.stopping.is_worth_another)
 
     def observe(self, text: Text, outcome: Outcome):
         drafted = len(outcome.draft.tokens)
         if drafted and outcome.draft.source == "layers":
             self.costs.note("draft", outcome.seconds["draft"] / drafted, self.share)
-            self.drafted.note(drafted)
-            self.accepted.note(outcome.accepted)
+            self.stopping.learn(outcome.accepted)
+            seconds = drafted * self.draft_time + self.costs.pass_times(drafted)[drafted]
+            self.gain.note(outcome.accepted + 1, seconds / self.costs.plain)
         else:
-            self.drafted.note(0, 0)
-            self.accepted.note(0, 0)
+            self.gain.note(0, 0)
         self.clasp.observe(text, outcome)
 
 
@@ -278,10 +271,45 @@ def distance_of(cosine: float) -> float:
     return max(NEAREST, max(0.0, 2 - 2 * cosine) ** 0.5)
 
 
+class Stopping:
+    """Whether a draft should go on, by how sure it was of its tokens.
+
+    With P the chance that all tokens so far are accepted, and a that of one more, that one is worth
+    its time if P a >= its price * the present rate: if it brings more than the same time brings on
+    average. Its price is that of a draft token, and of a row of the pass that verifies it.
+    """
+
+    def __init__(self, prior: float):
+        """prior: rejections per unit of distance, before anything is known."""
+        self.rejections = Rejections(prior)
+
+    def begin(self, budget: int, distance: float, least: float):
+        """A draft starts. least: what its next token must bring, in tokens."""
+        self.budget = budget
+        self.distance = distance
+        self.least = least
+        self.confidences = []                            # at each token
+        self.all_right = 1.0                             # chance that all are right
+
+    def is_worth_another(self, confidence: float) -> bool:
+        """Is one more worth its time, after one that the draft was so sure of?"""
+        at = self.budget, self.distance
+        self.confidences.append(confidence)
+        self.all_right *= 1 - self.rejections.chance_at(confidence, *at)
+        return self.all_right * (1 - self.rejections.chance(*at)) >= self.least
+
+    def learn(self, accepted: int):
+        """From tokens up to the first rejected one; those behind it say nothing."""
+        for i, confidence in enumerate(self.confidences[:accepted + 1]):
+            self.rejections.note(i == accepted, confidence, self.budget, self.distance)
+
+
 class Rejections:
     """How often a drafted token is rejected, learned as it comes; what is long past counts less."""
 
-    def __init__(self):
+    def __init__(self, prior: float):
+        """prior: per unit of distance, before anything is known."""
+        self.prior = prior
         self.overall = Ratio()
         self.by_budget = defaultdict(Ratio)
         self.by_confidence = defaultdict(Ratio)          # in tenths
@@ -289,9 +317,9 @@ class Rejections:
     def chance(self, budget: int, distance: float) -> float:
         """Before the token is known.
 
-        What is known of all budgets counts as 10 tokens of this one, the prior SLOPE as 3.
+        What is known of all budgets counts as 10 tokens of this one, the prior as 3.
         """
-        overall = self.overall.estimate(SLOPE, 3 * distance)
+        overall = self.overall.estimate(self.prior, 3 * distance)
         slope = self.by_budget[budget].estimate(overall, 10 * distance)
         return min(1.0, slope * distance)
 

@@ -161,6 +161,11 @@ class Costs:
             return [self.plain] * (most + 1)
         return times_between(self.known_passes, self.row * self.unit, most + 1)
 
+    def row_time(self, most: int) -> float:
+        """What each token adds to a pass, on average over drafts of up to ``most``."""
+        times = self.pass_times(most)
+        return (times[most] - times[0]) / most
+
     @cached_property
     def known_passes(self) -> list[tuple[int, float]]:
         """(rows, time) of a plain step and of the passes that were measured, in order.

@@ -125,7 +125,7 @@ def sources(tokens: list[int], costs: dict, layers_right: float, words_right: fl
     auto.begin(text, hidden)
     auto.skipping.distance = dict.fromkeys(auto.skipping.sets, 1.0)
     for budget in auto.skipping.sets:
-        auto.skipping.rejections.by_budget[budget].note(1e6 * (1 - layers_right), 1e6)
+        auto.skipping.stopping.rejections.by_budget[budget].note(1e6 * (1 - layers_right), 1e6)
     auto.lookup.shift = 0.0
     auto.lookup.shifts = [math.log(words_right / (1 - words_right))] * LONGEST
     auto.skipping.choose()
@@ -180,15 +180,34 @@ def test_known_settings_that_do_not_pay_are_seldom_tried():
     model = random_model(residual=1.0, context=2048)
     auto = with_settings(model)
     places = []
+    propose = auto.skipping.propose
 
-    def propose(text, most):
+    def noted(text, most):
         places.append(text.stats.new_tokens)
-        return Clasp.propose(auto.skipping.clasp, text, most)
+        return propose(text, most)
 
-    auto.skipping.clasp.propose = propose
+    auto.skipping.propose = noted
     write(model, auto, 1500)
     assert 1 < len(places) < 60
     assert places[-1] > 700                              # it does not give up
+
+
+def test_with_known_settings_drafts_end_where_they_are_unsure():
+    """Half of what was drafted unsurely was wrong, and rows are dear; all the rest was right."""
+    model = agreeable()
+    auto = with_settings(model, CHEAP | {"verify": 2.0})
+    text, hidden = new_text(model, [5, 1, 2, 3], 20)
+    auto.begin(text, hidden)
+    stopping = auto.skipping.stopping
+    stopping.rejections.overall.note(0, 1000.0)
+    stopping.rejections.by_confidence[0].note(500.0, 1000.0)
+    least = 0.6
+    for confidence, goes_on in ((0.95, True), (0.05, False)):
+        stopping.begin(3, 1.0, least)
+        assert stopping.is_worth_another(confidence) == goes_on
+    stopping.learn(accepted=0)
+    assert stopping.rejections.by_confidence[0].part > 500 * 0.99
+    assert len(auto.skipping.propose(text, 8).tokens) <= 4
 
 
 @pytest.mark.parametrize("residual", [0.01, 0.3])

@@ -1,6 +1,7 @@
 """extras/skipping.py: how many layers are skipped, how far is drafted, and when the DP runs."""
 import itertools
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def test_a_text_that_becomes_easy_is_noticed():
     model = agreeable(context=1024)
     costs = {"draft": 1.0, "plain": 1.0, "verify": 1.1, "optimize": 0.1}
     auto = blind(model, 4, costs)
-    rejections = auto.skipping.rejections
+    rejections = auto.skipping.stopping.rejections
     for ratio in (rejections.overall, *(rejections.by_budget[m] for m in range(1, 6))):
         ratio.note(10, 0.1)
     stats = write(model, auto, 1000)
@@ -141,15 +142,23 @@ def test_of_a_large_model_much_is_expected(monkeypatch):
     assert write(model, blind(model, layers_pay=False), 1).optimizations == 1
 
 
-def new_draft(auto: Auto, confidences: list[float]) -> list[bool]:
+@pytest.fixture
+def new_draft(monkeypatch):
     """At each token of a draft that is so sure: would it go on?"""
-    auto.skipping.choose()
-    auto.skipping.confidences = []
-    auto.skipping.all_right = 1.0
-    return [auto.skipping.is_worth_another(confidence) for confidence in confidences]
+    def ask(auto: Auto, confidences: list[float]) -> list[bool]:
+        answers = []
+
+        def ask_all(text, skip, most, go_on):
+            answers.extend(go_on(confidence) for confidence in confidences)
+
+        monkeypatch.setattr(extras.skipping, "draft_by_skipping", ask_all)
+        auto.skipping.choose()
+        auto.skipping.propose(SimpleNamespace(stats=Stats()), most=len(confidences))
+        return answers
+    return ask
 
 
-def test_the_rejection_rate_is_learned():
+def test_the_rejection_rate_is_learned(new_draft):
     """Unsure tokens are wrong in 6 of 10 cases, sure ones in 1; half of them are unsure."""
     auto = blind(random_model(), 4, CHEAP)
     auto.skipping.sets = ONE_SET
@@ -160,20 +169,21 @@ def test_the_rejection_rate_is_learned():
         confidences = chance.choices(list(wrong), k=4)
         new_draft(auto, confidences)
         rejected = [chance.random() < wrong[confidence] for confidence in confidences]
-        auto.skipping.learn([*rejected, True].index(True))
+        auto.skipping.stopping.learn([*rejected, True].index(True))
     assert auto.skipping.rejection(3) == pytest.approx(0.35, abs=0.06)
     for confidence, expected in wrong.items():
         new_draft(auto, [confidence])
-        assert 1 - auto.skipping.all_right == pytest.approx(expected, abs=0.08)
+        assert 1 - auto.skipping.stopping.all_right == pytest.approx(expected, abs=0.08)
 
 
-def test_a_draft_ends_where_another_token_is_not_worth_its_time():
-    costs = {"draft": 1.0, "plain": 1.0, "verify": 2.0, "optimize": 1.0}
+def test_a_draft_ends_where_another_token_is_not_worth_its_time(new_draft):
+    costs = {"draft": 1.0, "plain": 1.0, "verify": 1.2, "optimize": 1.0}
     auto = blind(random_model(), 6, costs)
     auto.skipping.sets = ONE_SET
     auto.skipping.distance = {3: 0.4}
-    auto.skipping.rejections.by_confidence[9].note(0, 100.0)      # so sure, and all were right
-    auto.skipping.rejections.by_confidence[1].note(200, 100.0)    # so unsure, and none was
+    by_confidence = auto.skipping.stopping.rejections.by_confidence
+    by_confidence[9].note(0, 100.0)      # so sure, and all were right
+    by_confidence[1].note(200, 100.0)    # so unsure, and none was
     # What follows a wrong token is lost, however sure.
     assert new_draft(auto, [0.95, 0.15, 0.95]) == [True, False, False]
 
