@@ -37,7 +37,7 @@ from checkpoint import (
 )
 from extras.auto import Auto
 from extras.chat import Conversation, talk
-from extras.exact import exact_width
+from extras.exact import exact_width, narrowest
 from extras.lookup import MOST, Lookup
 from extras.memory import Plan, require_fits
 from extras.packed import choose_form, choose_threads, pack
@@ -330,19 +330,26 @@ class Decoder:
 
     @property
     def width(self) -> int | None:
-        """Rows of a pass of the whole model; None: as needed."""
+        """Most rows of a pass of the whole model; None: as needed."""
         return self.exact_width if self.wants_exact else None
+
+    @property
+    def passes(self) -> dict:
+        """How wide passes are, see ``speculative.new_text``."""
+        if self.width is None:
+            return {}
+        return {"width": self.width, "narrowest": narrowest(self.model, self.width)}
 
     def write(self, prompt: list[int], stats: Stats) -> Iterator[int]:
         """Tokens by the method that was asked for."""
         if self.args.method == "autoregressive":
             return self.plain(prompt, stats)
         return decode(self.model, prompt, self.args.max_new_tokens, self.drafter,
-                      width=self.width, stats=stats, **self.sampling)
+                      stats=stats, **self.passes, **self.sampling)
 
-    def plain(self, prompt: list[int], stats: Stats, width=None, cache=None) -> Iterator[int]:
-        return autoregressive(self.model, prompt, self.args.max_new_tokens,
-                              width=width, stats=stats, cache=cache, **self.sampling)
+    def plain(self, prompt: list[int], stats: Stats, **settings) -> Iterator[int]:
+        return autoregressive(self.model, prompt, self.args.max_new_tokens, stats=stats, **settings,
+                              **self.sampling)
 
     @property
     def sampling(self) -> dict:
@@ -359,7 +366,7 @@ class Decoder:
         tokens = self.args.max_new_tokens
         if not self.args.cuda_graphs:                  # else all graphs are to be recorded
             tokens = min(WARM_UP, tokens)
-        settings = self.sampling | {"width": self.width}
+        settings = self.sampling | self.passes
         list(decode(self.model, prompt, tokens, self.new_drafter(), **settings))
         list(autoregressive(self.model, prompt, tokens, **self.sampling))
 
@@ -580,7 +587,7 @@ def explain_difference(
     first, second = logits[0].float().topk(2).values.tolist()
     same = None
     if decoder.width is not None:
-        same = list(decoder.plain(prompt, Stats(), width=decoder.width)) == tokens
+        same = list(decoder.plain(prompt, Stats(), **decoder.passes)) == tokens
     return {"new_token": at, "logit_gap": first - second, "identical_at_same_width": same}
 
 
@@ -619,7 +626,7 @@ def converse(args: argparse.Namespace) -> int:
     decoder, tokenizer, _ = prepare(args, "Hello")
     drafter = decoder.drafter if args.method == "clasp" else None
     conversation = Conversation(decoder.model, tokenizer, drafter, args.max_new_tokens,
-                                decoder.width, **decoder.sampling)
+                                **decoder.passes, **decoder.sampling)
     talk(conversation, args.json, say)
     return 0
 

@@ -101,10 +101,13 @@ class Text:
 
     A drafter may read everything here, and compute in the cache from ``cache.length`` on.
 
-    width: rows of every pass of the whole model after the prefill; None: as many as it has tokens.
+    width: most rows of a pass of the whole model after the prefill; None: as many as it has tokens.
     Matrix kernels round differently for 1 row and for 5. So a pass that checks four tokens does not
     compute quite what four plain steps compute, and where two tokens all but tie, greedy text may
     part. If every pass has one shape, it cannot (``full_pass``; extras/exact.py finds the width).
+
+    narrowest: passes of this many rows to ``width`` round alike, so none is padded any further;
+    None: all are padded to ``width``.
     """
     model: Llama
     cache: KVCache                     # holds ``tokens`` but for the last, the pending one
@@ -116,11 +119,18 @@ class Text:
     rng: torch.Generator
     stop: Collection[int]
     stats: Stats
+    narrowest: int | None = None
     laps: dict[str, float] = field(default_factory=dict)   # the last seconds of each ``timed`` name
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """A token by these logits, and the distribution it was drawn from; see ``pick``."""
         return pick(logits, self.temperature, self.top_p, self.rng)
+
+    def pass_width(self, tokens: int) -> int | None:
+        """Rows of a pass with so many tokens, see ``full_pass``."""
+        if self.width is None:
+            return None
+        return max(tokens, self.narrowest or self.width)
 
     @property
     def is_finished(self) -> bool:
@@ -252,7 +262,8 @@ def decode(
             draft = checked_draft(drafter, text)
         with text.timed("verify"):
             pending = text.tokens[-1]
-            states, logits = full_pass(model, text.cache, [pending, *draft.tokens], text.width)
+            tokens = [pending, *draft.tokens]
+            states, logits = full_pass(model, text.cache, tokens, text.pass_width(len(tokens)))
             accepted, own = accept(text, draft, logits)
             require_finite(logits[:accepted + 1])
             hidden = torch.stack([state[0, :accepted + 1] for state in states])
@@ -274,13 +285,13 @@ def autoregressive(
 ) -> Iterator[int]:
     """Plain decoding, one token per pass of the whole model. settings: see ``new_text``.
 
-    Fastest with one row a pass, the default. In passes of the ``width`` that ``decode`` is given it
-    writes the very same greedy text, and computes the same logits bit for bit.
+    Fastest with one row a pass, the default. With the widths that ``decode`` is given it writes the
+    very same greedy text, and computes the same logits bit for bit.
     """
     text, _ = new_text(model, prompt, max_new_tokens, **settings)
     while True:
         with text.timed("verify"):
-            _, logits = full_pass(model, text.cache, text.tokens[-1:], text.width)
+            _, logits = full_pass(model, text.cache, text.tokens[-1:], text.pass_width(1))
             require_finite(logits)
             token = int(text.choose(logits[0])[0])
         text.stats.cycles += 1
@@ -296,6 +307,7 @@ def new_text(
     max_new_tokens: int,
     *,
     width: int | None = None,
+    narrowest: int | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
@@ -306,7 +318,8 @@ def new_text(
 ) -> tuple[Text, Tensor | None]:
     """A text with its prompt in the cache, all but the pending token; and the last states there.
 
-    width: rows of every pass of the whole model, see ``Text``. None is faster.
+    width: most rows of a pass of the whole model, see ``Text``; None: as many as it has tokens.
+    narrowest: fewest rows of one; None: all have ``width``.
     temperature: 0 is greedy. top_p: sample from the most likely tokens that reach it together.
     stop: token ids that end a text. stats: new ones, to be filled.
     cache: may hold the prompt's first cache.length tokens already.
@@ -318,7 +331,8 @@ def new_text(
     cache = cache or KVCache(model, end, max(width or 1, scratch))
     require_room(cache, prompt, end, width or 1)
     rng = torch.Generator(model.device).manual_seed(seed)
-    text = Text(model, cache, list(prompt), end, width, temperature, top_p, rng, stop, stats)
+    text = Text(model, cache, list(prompt), end, width, temperature, top_p, rng, stop, stats,
+                narrowest)
     with text.timed("prefill"):
         known = cache.length
         hidden = prefill(model, cache, prompt[known:-1])
@@ -363,9 +377,10 @@ def full_pass(
 
     Without a ``width``: as many rows as tokens, over the filled slots of the cache.
 
-    With one, every pass has that many rows; those left over are padding. It looks over whole blocks
-    of the cache, up to the end of the one in which the tokens lie. So no shape depends on how many
-    tokens there are, and a row's bits depend only on its token and on the keys and values before.
+    With one, it has that many rows; those left over are padding. It looks over whole blocks of the
+    cache, up to the end of the one in which the tokens lie. If all passes have one width, no shape
+    depends on how many tokens there are, and a row's bits depend only on its token and on the keys
+    and values before.
     """
     n = cache.length
     padding = []

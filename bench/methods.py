@@ -27,13 +27,20 @@ from speculative import Clasp, Drafter, FixedSet, autoregressive, decode, requir
 class Method(NamedTuple):
     """A way to decode. The drafter goes from text to text, and keeps what it has learned."""
     drafter: Drafter | None       # None: plain decoding
-    width: int | None = None      # rows of every pass of the whole model; None: as needed, unpadded
+    width: int | None = None      # most rows of a pass of the whole model; None: as needed
+    narrowest: int | None = None  # and fewest: narrower passes are padded
 
     def tokens(self, model: Llama, prompt: list[int], count: int, **settings) -> Iterator[int]:
         """New tokens, as they come. settings: see ``speculative.new_text``."""
+        settings |= {"width": self.width, "narrowest": self.narrowest}
         if self.drafter is None:
-            return autoregressive(model, prompt, count, width=self.width, **settings)
-        return decode(model, prompt, count, self.drafter, width=self.width, **settings)
+            return autoregressive(model, prompt, count, **settings)
+        return decode(model, prompt, count, self.drafter, **settings)
+
+
+def exact(target: Target, drafter: Drafter | None) -> Method:
+    """To the last bit: the greedy text of plain decoding in such passes."""
+    return Method(drafter, target.width, target.narrowest)
 
 
 PLAIN = "autoregressive"          # the name of what all are measured against
@@ -42,7 +49,7 @@ UNPADDED = ("auto", "prompt-lookup")
 
 def clasp(target: Target, **changes) -> Method:
     """CLaSp with the target's settings, but for ``changes``; exact to the last bit."""
-    return Method(Clasp(target.model, **target.settings | changes), target.width)
+    return exact(target, Clasp(target.model, **target.settings | changes))
 
 
 def auto(target: Target) -> Method:
@@ -59,13 +66,13 @@ def lookup(target: Target) -> Method:
 def fixed(target: Target, skip: Collection[int]) -> Method:
     """One set of layers for everything."""
     drafter = FixedSet(frozenset(skip), target.draft_length, target.settings["exit_threshold"])
-    return Method(drafter, target.width)
+    return exact(target, drafter)
 
 
 def swift(target: Target, seed: int, trials: int = SWIFT_TRIALS) -> Method:
     search = Search(target, seed, trials)
     drafter = Swift(search, target.draft_length, target.settings["exit_threshold"])
-    return Method(drafter, target.width)
+    return exact(target, drafter)
 
 
 def even_set(layers: int, budget: int) -> list[int]:

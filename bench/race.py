@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm  # comes with huggingface-hub
 
-from bench.methods import Method
+from bench.methods import Method, exact
 from bench.prompts import HELD_OUT, Question
 from bench.search import Swift
 from bench.target import Target
@@ -82,7 +82,7 @@ def ask(target: Target, questions: list[Question], count: int, results: dict) ->
 
     The answers are not timed. They are in ``results``, or are added there.
     """
-    reference = Method(None, target.width)
+    reference = exact(target, None)
     prompts = []
     for question in tqdm(questions, desc="greedy answers", leave=False, disable=None):
         conversation = []

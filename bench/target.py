@@ -16,7 +16,7 @@ from checkpoint import (
     suggested_settings,
 )
 from extras.cuda_graphs import GraphedLlama
-from extras.exact import exact_width
+from extras.exact import exact_width, narrowest
 from extras.packed import bytes_read, choose_threads, pack, put_into
 from generate import Parser, choose_device, form_of_weights
 from model import Config, Llama
@@ -96,6 +96,11 @@ class Target:
         None: no number of rows is, on this machine. Then passes are not padded.
         """
         return exact_width(self.model, self.draft_length + 1)
+
+    @property
+    def narrowest(self) -> int | None:
+        """Rows that a pass is padded to, if it has fewer; every one of more rounds alike."""
+        return self.width and narrowest(self.model, self.width)
 
     @property
     def has_graphs(self) -> bool:

@@ -34,16 +34,17 @@ class Conversation:
         drafter: Drafter | None,
         max_new_tokens: int,
         width: int | None = None,
+        narrowest: int | None = None,
         **sampling,
     ):
         """tokenizer: a ``checkpoint.Tokenizer``, with a chat template. drafter: None is plain
-        decoding. max_new_tokens: of an answer. width, sampling: see ``speculative.new_text``.
+        decoding. max_new_tokens: of an answer. The rest: see ``speculative.new_text``.
         """
         self.model = model
         self.tokenizer = tokenizer
         self.drafter = drafter
         self.max_new_tokens = max_new_tokens
-        self.width = width
+        self.passes = {"width": width, "narrowest": narrowest}
         self.sampling = sampling
         self.rows = max(width or 1, drafter.scratch if drafter else 0)
         self.cache = KVCache(model, 1, self.rows)
@@ -83,7 +84,7 @@ class Conversation:
         settings = {"stats": self.stats, "cache": self.cache, **self.sampling}
         if self.drafter is None:
             return autoregressive(self.model, prompt, count, **settings)
-        return decode(self.model, prompt, count, self.drafter, width=self.width, **settings)
+        return decode(self.model, prompt, count, self.drafter, **self.passes, **settings)
 
     def room_after(self, prompt: list[int]) -> int:
         """How many tokens the answer may have."""

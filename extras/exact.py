@@ -8,9 +8,13 @@ and the keys and values before it, not on how many of the rows beside it are dra
 padding. Plain decoding in such passes is equal bit for bit; it starts from the same keys and
 values, since both put the prompt through in the same pieces.
 
-What is left is to find a width at which a row's bits do not depend on its *place* among the rows.
+What is left is to find a width at which a row's bits do not depend on its *place* among the rows
+(``exact_width``). Some kernels go further: theirs do not depend on the number of rows either, down
+to some number, often 1 (``narrowest``). Then passes need no padding below it, and being exact costs
+next to nothing.
 """
 import weakref
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -19,8 +23,8 @@ from extras.parallel import all_agree
 from model import BLOCK, KVCache, Llama, rope_table
 from speculative import full_pass, prefill
 
-# What exact_width found, by model and then by (rows, slots in a block, threads).
-KNOWN_WIDTHS = weakref.WeakKeyDictionary()
+# What was found, by model and then by (what, rows, slots in a block, threads).
+KNOWN = weakref.WeakKeyDictionary()
 LONG = (1024, 4096)           # slots from which on attention has another form (attention.py)
 VECTOR = 8                    # numbers that a kernel takes at once
 TRIED = 8                     # widths that are tried before giving up
@@ -40,32 +44,78 @@ def exact_width(model: Llama, rows: int) -> int | None:
     """
     if model.config.head_dim % VECTOR:
         return None
-    known = KNOWN_WIDTHS.setdefault(model, {})
-    key = (rows, BLOCK, torch.get_num_threads())
-    if key not in known:
+    def find() -> int | None:
         widths = range(rows, rows + TRIED)
-        fitting = (w for w in widths if is_even(model, w) and passes_agree(model, w))
-        known[key] = next(fitting, None)
+        return next((w for w in widths if is_even(model, w) and passes_agree(model, w)), None)
+
+    return remembered(model, "width", rows, find)
+
+
+def narrowest(model: Llama, width: int) -> int:
+    """The fewest rows from which on, up to ``width``, every row has the bits that it has there.
+
+    width: what ``exact_width`` found.
+    """
+    return remembered(model, "narrowest", width, lambda: find_narrowest(model, width))
+
+
+def remembered(model: Llama, what: str, rows: int, find: Callable):
+    """What was found before for this model, on so many threads; else what is found now."""
+    known = KNOWN.setdefault(model, {})
+    key = (what, rows, BLOCK, torch.get_num_threads())
+    if key not in known:
+        known[key] = find()
     return known[key]
 
 
 @torch.inference_mode()
 def is_even(model: Llama, width: int) -> bool:
-    """Do equal rows come out equal, in every place, of all that a pass of the model computes?
+    """Do equal rows come out equal, in every place, of all that a pass of the model computes?"""
+    for slots, seed in trials(model):
+        results = list(results_of_equal_rows(model, width, slots, seed))
+        if not are_rows_of(results, [rows[:1] for rows in results]):
+            return False
+    return True
 
-    Processes that share a model add up as often, and see only their own heads' attention. So each
-    computes a whole trial, and then all judge it together.
-    """
+
+@torch.inference_mode()
+def find_narrowest(model: Llama, width: int) -> int:
+    """See ``narrowest``: by the trials of ``is_even``, and a pass of one token and padding."""
+    least = 1
+    for slots, seed in trials(model):
+        expected = [rows[:1] for rows in results_of_equal_rows(model, width, slots, seed)]
+        for rows in reversed(range(least, width)):
+            if not are_rows_of(results_of_equal_rows(model, rows, slots, seed), expected):
+                least = rows + 1
+                break
+    cache = KVCache(model, BLOCK, width)
+    token = [0]
+    expected = full_pass(model, cache, token, width)[1].clone()      # CUDA graphs reuse its place
+    for rows in reversed(range(least, width)):
+        cache.length = 0
+        if not are_rows_of([full_pass(model, cache, token, rows)[1].nan_to_num()],
+                           [expected.nan_to_num()]):
+            return rows + 1
+    return least
+
+
+def trials(model: Llama) -> list[tuple[int, int]]:
+    """Slots of the cache, and a seed for what is random, of each trial."""
     in_float32 = model.embed.weight.dtype == torch.float32
     sizes = [BLOCK, 2 * BLOCK, 3 * BLOCK]
     sizes += [slots for slots in LONG if slots <= model.config.max_position_embeddings]
-    for trial in range(TRIALS if in_float32 else TRIALS_16_BITS):
-        slots = sizes[trial % len(sizes)]
-        random = torch.Generator().manual_seed(trial)
-        results = list(results_of_equal_rows(model, width, slots, random))
-        if not all_agree(all(torch.equal(rows, rows[:1].expand_as(rows)) for rows in results)):
-            return False
-    return True
+    count = TRIALS if in_float32 else TRIALS_16_BITS
+    return [(sizes[seed % len(sizes)], seed) for seed in range(count)]
+
+
+def are_rows_of(results: Iterable[Tensor], expected: list[Tensor]) -> bool:
+    """Is every row of each result the one expected?
+
+    Processes that share a model add up as often, and see only their own heads' attention. So each
+    computes all results, and then all judge them together.
+    """
+    pairs = zip(list(results), expected)
+    return all_agree(all(torch.equal(rows, row.expand_as(rows)) for rows, row in pairs))
 
 
 @torch.inference_mode()
@@ -90,7 +140,7 @@ def passes_agree(model: Llama, width: int) -> bool:
     return True
 
 
-def results_of_equal_rows(model: Llama, width: int, slots: int, random: torch.Generator):
+def results_of_equal_rows(model: Llama, width: int, slots: int, seed: int):
     """What a layer of each kind, the head and attention make of one random row, ``width`` times.
 
     Yields tensors (width, ...). All rows see the same random keys and values. The row comes first:
@@ -98,6 +148,7 @@ def results_of_equal_rows(model: Llama, width: int, slots: int, random: torch.Ge
     """
     c = model.config
     weight = model.embed.weight
+    random = torch.Generator().manual_seed(seed)
 
     def some(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random).to(weight)

@@ -16,7 +16,8 @@ What makes all ranks do the same:
 * Sums are added in the order of the ranks, in float32. So every rank has the same bits, and a row's
   do not depend on its place, as those of an all-reduce do: decoding stays exact (exact.py).
 * Random numbers come from the same seed, and logits are the same.
-* What depends on time goes by one clock, that of rank 0 (``shared_clock``).
+* What depends on time goes by one clock, that of rank 0 (``shared_clock``), and what depends on a
+  rank's share of the weights by the sum of all shares (``over_ranks``).
 * Rank 0 alone reads what is typed, and sends it (``SharedInput``). It alone prints.
 """
 import io
@@ -117,10 +118,15 @@ def sent(x: Tensor) -> Tensor:
 
 
 def all_agree(yes: bool) -> bool:
-    """Do all ranks say yes? A process that is alone is one rank."""
+    """Do all ranks say yes?"""
+    return over_ranks(not yes) == 0
+
+
+def over_ranks(number: float) -> float:
+    """The sum of all ranks' numbers. A process that is alone is one rank."""
     if not (dist.is_available() and dist.is_initialized()):
-        return yes
-    return bool(added_in_order(torch.tensor(float(yes))) == dist.get_world_size())
+        return number
+    return added_in_order(torch.tensor(float(number))).item()
 
 
 class SharedInput(io.RawIOBase):

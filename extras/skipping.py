@@ -28,7 +28,7 @@ from functools import partial
 from torch import Tensor
 
 from dp_skip import select_layers
-from extras.worth import NOTHING, Costs, Ratio, best_choice
+from extras.worth import NOTHING, Costs, Ratio, best_choice, weights_of_layers
 from model import Llama
 from speculative import (
     NO_DRAFT,
@@ -68,7 +68,7 @@ class Skipping(Drafter):
         require_draft_length(draft_length)
         self.layers = len(model.layers)
         # Should the DP run at once, and not first after many steps, as a trial?
-        self.hopeful = self.layers * model.config.layer_weights >= LARGE
+        self.hopeful = weights_of_layers(model) >= LARGE
         self.draft_length = draft_length
         self.costs = costs
         self.stopping = Stopping(SLOPE)

@@ -10,6 +10,7 @@ from functools import cached_property
 from statistics import median
 from typing import NamedTuple
 
+from extras.parallel import over_ranks
 from model import Llama
 
 # Times in plain steps, before any is measured. "draft" is a token with nothing skipped, "verify" a
@@ -89,7 +90,7 @@ class Costs:
         self.shape = fixed or SHAPE
         self.row = (self.shape["verify"] - self.shape["plain"]) / (VERIFY_ROWS - 1)
         self.head_share = head_share(model)
-        self.one_shape = False        # do all passes have as many rows as those that verify?
+        self.narrowest = 1            # rows of a plain step: more where passes are padded
         self.typical = {}             # time, by kind (see ``note``)
         self.measured = defaultdict(int)                 # how often, by kind
         self.recent = deque(maxlen=RECENT)               # (kind, time)
@@ -124,8 +125,8 @@ class Costs:
         self.__dict__.pop("known_passes", None)          # to be computed anew
 
     def note_pass(self, rows: int, seconds: float):
-        """Of the whole model. In passes of one shape, all are of one kind."""
-        self.note(VERIFY_ROWS if self.one_shape else rows, seconds)
+        """Of the whole model, with so many tokens; narrow ones are padded."""
+        self.note(max(rows, self.narrowest), seconds)
 
     def time(self, kind: str | int) -> float:
         """Of a "draft" token with nothing skipped, a run of the DP ("optimize"), or a pass."""
@@ -157,8 +158,6 @@ class Costs:
         On the lines through the sizes that were measured; past the largest, on a line as steep as
         the shape's.
         """
-        if self.one_shape:
-            return [self.plain] * (most + 1)
         return times_between(self.known_passes, self.row * self.unit, most + 1)
 
     def row_time(self, most: int) -> float:
@@ -172,9 +171,8 @@ class Costs:
 
         Fewer rows never take longer: what looks so is noise, or was a first pass.
         """
-        if self.one_shape:
-            return [(1, self.time(VERIFY_ROWS))]
-        sizes = sorted({1, *(kind for kind in self.typical if isinstance(kind, int))})
+        measured = {kind for kind in self.typical if isinstance(kind, int)}
+        sizes = sorted({self.narrowest, *(rows for rows in measured if rows > self.narrowest)})
         known = []
         bound = math.inf
         for rows in reversed(sizes):
@@ -184,7 +182,10 @@ class Costs:
 
 
 def times_between(known: list[tuple[int, float]], row: float, most: int) -> list[float]:
-    """At 1 .. most, on the lines through (rows, time), in order; after the last, one this steep."""
+    """At 1 .. most, on the lines through (rows, time), in order; after the last, one this steep.
+
+    Before the first it is as there.
+    """
     times = []
     lower, lower_time = known[0]
     left = known[1:]
@@ -195,12 +196,16 @@ def times_between(known: list[tuple[int, float]], row: float, most: int) -> list
         if left:
             upper, upper_time = left[0]
             steep = (upper_time - lower_time) / (upper - lower)
-        times.append(lower_time + steep * (rows - lower))
+        times.append(lower_time + steep * max(0, rows - lower))
     return times
 
 
 def head_share(model: Llama) -> float:
     """Of the weights that one token reads, the head's share."""
-    c = model.config
-    head = c.hidden_size * c.vocab_size
-    return head / (head + c.num_hidden_layers * c.layer_weights)
+    head = model.config.hidden_size * model.config.vocab_size
+    return head / (head + weights_of_layers(model))
+
+
+def weights_of_layers(model: Llama) -> float:
+    """Of all layers; of a model that several processes share, all parts together."""
+    return model.config.num_hidden_layers * over_ranks(model.config.layer_weights)

@@ -136,7 +136,7 @@ def test_exactness_is_a_choice_that_json_reports(capsys, monkeypatch, folder, fl
     decode = generate.decode
     widths = []
 
-    def recorded(*args, width, **settings):
+    def recorded(*args, width=None, **settings):
         widths.append(width)
         return decode(*args, width=width, **settings)
 

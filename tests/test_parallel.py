@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoint import BUNDLED, load_model
 from extras.auto import Auto
-from extras.exact import ATTENTION_TRIALS, exact_width
+from extras.exact import ATTENTION_TRIALS, exact_width, narrowest
 from extras.packed import choose_form, pack
 from extras.parallel import (
     SharedInput,
@@ -139,16 +139,16 @@ def texts(rank: int, count: int, folder: Path, dtype, prompts: int, tokens: int)
     model = shared_model(folder, dtype, rank, count)
     width = exact_width(model, 5)
     found = {"width": width}
+    exact = {"width": width, "narrowest": width and narrowest(model, width)}
     for i in range(prompts):
         prompt = tokens_of(model, 7 + 5 * i, seed=i)
         stats = Stats()
-        greedy = clasp(model, prompt, tokens, width=width, skip_layers=3, opt_interval=2,
-                       stats=stats)
-        auto = decode(model, prompt, tokens, Auto(model), width=width)
+        greedy = clasp(model, prompt, tokens, skip_layers=3, opt_interval=2, stats=stats, **exact)
+        auto = decode(model, prompt, tokens, Auto(model), **exact)
         found["clasp", i] = list(greedy)
         found["sets", i] = stats.skip_sets
         found["auto", i] = list(auto)
-        found["plain", i] = list(autoregressive(model, prompt, tokens, width=width))
+        found["plain", i] = list(autoregressive(model, prompt, tokens, **exact))
         found["one row", i] = list(autoregressive(model, prompt, tokens))
         found["sampled", i] = list(clasp(model, prompt, tokens, skip_layers=3, temperature=0.8,
                                          seed=i, opt_interval=2))
@@ -200,6 +200,20 @@ def test_texts_are_those_of_plain_decoding_and_of_one_process(
             prompt = tokens_of(alone, 7 + 5 * i, seed=i)
             expected = list(autoregressive(alone, prompt, tokens))
             assert ties(folder, prompt, found["one row", i], expected) <= 1
+
+
+def prices(rank: int, folder: Path) -> tuple[float, bool]:
+    model = shared_model(folder, torch.float32, rank, 2)
+    auto = Auto(model)
+    return auto.costs.head_share, auto.skipping.hopeful
+
+
+def test_ranks_of_unequal_shares_have_the_same_prices(tmp_path, monkeypatch):
+    """Else one would draft where another does not, and both would wait for ever."""
+    folder = small_folder(tmp_path / "model", heads=6)
+    alone = Auto(load_model(folder))
+    for found in on_ranks(2, prices, tmp_path, folder):
+        assert found == (alone.costs.head_share, alone.skipping.hopeful)
 
 
 def width_where_one_rank_is_uneven(rank: int, folder: Path) -> int | None:

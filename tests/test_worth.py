@@ -133,14 +133,16 @@ def test_fixed_costs_are_not_changed_by_what_is_measured():
     assert costs.time("draft") == 1.0
 
 
-def test_in_one_shape_a_plain_step_costs_a_verify_pass():
+def test_where_passes_are_padded_a_plain_step_costs_as_much_as_a_short_draft():
     for fixed in (None, HOPELESS):
         costs = Costs(random_model(), fixed)
-        costs.one_shape = True
-        for rows in (2, 9, 4):
+        costs.narrowest = 5
+        for rows in (2, 4, 5):
             costs.note_pass(rows, 3.0)
-        assert len(set(costs.pass_times(60))) == 1
-        assert costs.plain == (9.0 if fixed else pytest.approx(3.0, rel=0.5))
+        times = costs.pass_times(8)
+        assert len(set(times[:5])) == 1
+        assert times[4:] == sorted(set(times))
+        assert costs.plain == times[0] == (9.0 if fixed else pytest.approx(3.0, rel=0.5))
 
 
 def test_shares_follow_the_weights():

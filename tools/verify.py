@@ -22,7 +22,7 @@ from bench.experiments import ROWS, window_cosines
 from bench.prompts import HELD_OUT
 from bench.steps import timed
 from dp_skip import distances, relative_distances, select_layers, select_layers_plain
-from extras.exact import exact_width
+from extras.exact import exact_width, narrowest
 from model import KVCache
 from speculative import as_row, autoregressive, clasp, optimize, prefill, require, require_readable
 
@@ -34,22 +34,23 @@ PAST_PLACE = 20               # slots behind it
 
 @torch.inference_mode()
 def equal(setup: Setup):
-    """CLaSp against plain decoding in passes of the same width, for four numbers M of layers."""
+    """CLaSp against plain decoding in passes that round alike, for four numbers M of layers."""
     model = setup.model
     layers = len(model.layers)
     count = setup.args.max_new_tokens
     k = setup.draft_length
     width = exact_width(model, k + 1)
     require(width is not None, "no number of rows is exact on this machine")
+    passes = {"width": width, "narrowest": narrowest(model, width)}
     prompts = several_lengths(setup)
     runs = parted = parted_one_row = bits = numbers = 0
     for i, prompt in enumerate(prompts):
-        plain = partial(autoregressive, model, prompt, count, width=width)
+        plain = partial(autoregressive, model, prompt, count, **passes)
         expected, expected_numbers = recorded(setup, plain, prompt, width)
         one_row = list(autoregressive(model, prompt, count))
         for skip in (0, layers // 4, layers // 2, layers - 3):
-            method = partial(clasp, model, prompt, count, width=width, skip_layers=skip,
-                             draft_length=k)
+            method = partial(clasp, model, prompt, count, skip_layers=skip, draft_length=k,
+                             **passes)
             tokens, found_numbers = recorded(setup, method, prompt, width)
             runs += 1
             parted += tokens != expected
@@ -59,10 +60,11 @@ def equal(setup: Setup):
                 bits += (bits_of(found) ^ bits_of(right)).count_nonzero().item()
         print(f"\r{i + 1}/{len(prompts)} prompts, {parted} of {runs} runs differ, {bits} of "
               f"{numbers:.3g} numbers", end="", file=sys.stderr, flush=True)
-    print(f"\n{model.embed.weight.dtype}: {runs} runs of {count} greedy tokens, K {k}: {parted} "
-          f"differ from plain decoding {width} rows wide; {bits} of {numbers:.3g} logits, keys and "
-          f"values differ in a bit; {parted_one_row} texts differ from plain decoding one row "
-          "wide", flush=True)
+    rows = f"{passes['narrowest']} to {width} rows"
+    print(f"\n{model.embed.weight.dtype}: {runs} runs of {count} greedy tokens, K {k}, passes of "
+          f"{rows}: {parted} differ from plain decoding in such passes; {bits} of {numbers:.3g} "
+          f"logits, keys and values differ in a bit; {parted_one_row} texts differ from plain "
+          "decoding one row wide, over the filled slots", flush=True)
 
 
 def several_lengths(setup: Setup) -> list[list[int]]:

@@ -142,7 +142,8 @@ def decode(model, prompt, max_new_tokens, drafter, **settings):
         with text.timed("verify"):
             n = text.cache.length
             rows = [text.tokens[-1], *draft.tokens]
-            states, logits = speculative.full_pass(model, text.cache, rows, text.width)
+            width = text.pass_width(len(rows))
+            states, logits = speculative.full_pass(model, text.cache, rows, width)
             accepted, own = speculative.accept(text, draft, logits)
             checked = accepted + 1
             speculative.require_finite(logits[:checked])
@@ -270,7 +271,7 @@ decode.mistake(
     ("checked = accepted + 1", "checked = len(rows)"))
 decode.mistake(
     "rows as many as drafted",
-    ("rows, text.width)", "rows, None)"))
+    ("text.pass_width(len(rows))", "None"))
 decode.mistake(
     "states of rejected tokens too",
     ("slice(0, accepted + 1)", "slice(0, len(rows))"))
