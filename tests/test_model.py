@@ -1,4 +1,6 @@
 """model.py: the right numbers, layers that can be left out, and a cache that rolls back."""
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ from conftest import DEVICE, feed, random_model, tokens_of, valid
 from safetensors.torch import load_file
 
 from checkpoint import load_model
-from model import KVCache, causal_mask
+from model import KVCache, causal_mask, inverse_frequencies
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = sorted(path.parent for path in GOLDEN.glob("*/config.json"))
@@ -38,6 +40,36 @@ def test_logits_of_a_real_model_equal_an_independent_implementation(real):
     tokens = expected["tokens"].to(DEVICE)
     logits = real.logits(real(tokens[None])[-1])[0]
     assert relative_error(logits[:, ::256], expected["logits"]) < 1e-4
+
+
+def test_frequencies_of_llama_31_stay_are_blended_or_are_slowed_down():
+    """By its rule for wavelengths, with its own numbers, which have all three kinds of pairs."""
+    original, factor, low, high = 8192, 8.0, 1.0, 4.0
+    expected = []
+    kinds = []
+    for pair in range(64):
+        frequency = 500000.0 ** (-pair / 64)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original / high:
+            kinds.append("fast")
+            expected.append(frequency)
+        elif wavelength > original / low:
+            kinds.append("slow")
+            expected.append(frequency / factor)
+        else:
+            kinds.append("between")
+            share = (original / wavelength - low) / (high - low)
+            expected.append(share * frequency + (1 - share) * frequency / factor)
+    assert set(kinds) == {"fast", "between", "slow"}
+    scaling = {
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }
+    config = replace(
+        random_model(layers=1).config, head_dim=128, rope_theta=500000.0, rope_scaling=scaling)
+    assert inverse_frequencies(config).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_slots_past_a_row_do_not_change_it():

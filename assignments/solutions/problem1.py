@@ -34,6 +34,18 @@ rms_norm.mistake(
     ("mean(-1, keepdim=True)", "mean()"))
 
 
+def scaled_frequencies(config, least, most):
+    """Those of model.py, with other bounds on the share of a frequency that stays."""
+    unscaled = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return unscaled
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * unscaled / (2 * torch.pi)
+    stays = ((turns - low) / (high - low)).clamp(least, most)
+    return unscaled * (stays + (1 - stays) / scaling["factor"])
+
+
 @solves("model.rope_table")
 def rope_table(config, length, device=None, dtype=torch.float32):
     frequencies = model.inverse_frequencies(config)
@@ -59,6 +71,14 @@ rope_table.mistake(
     "rope_scaling forgotten",
     ("model.inverse_frequencies(config)",
      "config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)"))
+for _title, _bounds in (
+    ("fast pairs made faster by rope_scaling", "0, math.inf"),
+    ("slow pairs slowed down too much by rope_scaling", "-math.inf, 1"),
+    ("rope_scaling without bounds", "-math.inf, math.inf"),
+):
+    rope_table.mistake(
+        _title,
+        ("model.inverse_frequencies(config)", f"scaled_frequencies(config, {_bounds})"))
 rope_table.mistake(
     "sin left in float32",
     ("sin.to(device, dtype)", "sin.to(device)"))
@@ -150,6 +170,9 @@ attention.mistake(
     "mask forgotten",
     ("scores + mask", "scores"))
 attention.mistake(
+    "a batch's first text only",
+    ("return scores.softmax(-1) @ v", "return (scores.softmax(-1) @ v)[:1].expand(q.shape)"))
+attention.mistake(
     "softmax over the rows",
     ("softmax(-1)", "softmax(-2)"))
 
@@ -179,6 +202,9 @@ attention_block.mistake(
     "keys cached before rotation",
     ("k = model.rotate(k, cos, sin)", "unturned = k\n    k = model.rotate(k, cos, sin)"),
     ("store(k, v)", "store(unturned, v)"))
+attention_block.mistake(
+    "a batch's first text only",
+    ("return x + self.o(seen)", "return x + self.o(seen)[:1]"))
 attention_block.mistake(
     "values rotated",
     ("if store", "v = model.rotate(v, cos, sin)\n    if store"))
@@ -229,6 +255,9 @@ mlp_block.mistake(
 mlp_block.mistake(
     "the attention's norm",
     ("self.mlp_norm(x)", "self.attention_norm(x)"))
+mlp_block.mistake(
+    "a batch's first text only",
+    ("x + self.down(inner)", "x + self.down(inner)[:1]"))
 mlp_block.mistake(
     "sigmoid in place of SiLU",
     ("gate * gate.sigmoid()", "gate.sigmoid()"))
