@@ -155,6 +155,13 @@ def equal(got, expected, sentence: str, example: str):
         differ(show(got), show(expected), sentence, example)
 
 
+def is_int(got, what: str, example: str):
+    """A tensor and a float compare as equal to an int, and are of no use as token or as slice."""
+    if type(got) is not int:
+        kind = type(got).__name__
+        raise PropertyError(f"{what} is an int", f"{example}: got a {kind}, {show(got)}")
+
+
 def differ(got: str, expected: str, sentence: str, example: str):
     raise PropertyError(sentence, f"{example}: expected {expected}, got {got}")
 

@@ -8,7 +8,7 @@ from collections import Counter
 
 import torch
 
-from checks.common import PropertyError, check, equal, parts, random, show
+from checks.common import PropertyError, check, equal, is_int, parts, random, show
 
 DRAWS = 1500
 NAMES = "number accepted, next token"             # of what both functions return
@@ -53,6 +53,7 @@ def random_prefixes():
 def prefix():
     for drafted, expected, _ in PREFIXES:
         (accepted, _), example = judged(drafted)
+        is_int(accepted, "The number accepted", example)
         equal(accepted, expected,
               "The longest prefix of the draft that the whole model would have written itself is "
               "accepted; nothing after its first disagreement", f"{example}: accepted")
@@ -67,6 +68,7 @@ def prefix():
 def own():
     for drafted, _, expected in PREFIXES:
         (_, token), example = judged(drafted)
+        is_int(token, "The next token", example)
         equal(token, expected,
               "After the accepted tokens comes the whole model's own choice at that row: a "
               "correction, or after a draft accepted whole the bonus token",
@@ -185,8 +187,23 @@ def bonus():
                f"{case(drafted, q, p)}, (accepted, token)")
 
 
-@check(1, "Sampling: whose random numbers")
+CERTAIN = [                   # drafted, q, p: whole draft accepted, rejected, and no draft
+    ([0], [[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]),
+    ([0], [[1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0]]),
+    ([], [], [[0.0, 1.0]]),
+]
+
+
+@check(1, "Sampling: ints, and whose random numbers")
 def dice():
+    from speculative import accept_sampled
+    for drafted, q, p in CERTAIN:
+        example = case(drafted, q, p)
+        got = accept_sampled(
+            list(drafted), list(torch.tensor(q)), torch.tensor(p), torch.Generator())
+        accepted, token = parts(got, "accept_sampled", NAMES, example)
+        is_int(accepted, "The number accepted", example)
+        is_int(token, "The next token", example)
     first = twenty_draws(global_seed=1)
     second = twenty_draws(global_seed=2)
     for i, (a, b) in enumerate(zip(first, second)):

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from checks.common import PropertyError, check, close, equal, show
+from checks.common import PropertyError, check, close, equal, is_int, show
 from checks.doubles import (
     LAYERS,
     VOCABULARY,
@@ -60,13 +60,13 @@ def require_draft(got, function: str, example: str):
 
 # ---------------------------------------------------------------------------- a draft
 
-def run_draft(tokens, skip, most: int, *, threshold=None, choose=None, stop=()):
+def run_draft(tokens, skip, most: int, *, threshold=None, choose=None, **settings):
     """The student's draft_by_skipping: what it returned, and what it did.
 
     threshold: of a go_on that wants such a confidence. ``asked``: what go_on was given.
     """
     from speculative import draft_by_skipping
-    text = text_of(tokens, stop=stop)
+    text = text_of(tokens, **settings)
     if choose is not None:
         text.choose = choose
     asked = []
@@ -106,6 +106,8 @@ def drafts():
             equal((len(one.rows), one.skip), (1, frozenset(skip)),
                   "A draft step is one row through the layers not in skip",
                   f"{ran.example}, (rows, skip) of a pass")
+        for token in ran.tokens:
+            is_int(token, "A drafted token", ran.example)
         equal(ran.tokens, expected_draft(tokens, skip, most),
               "Each drafted token is the draft model's choice after the pending token and those "
               "drafted before it", f"{ran.example}, tokens")
@@ -152,9 +154,16 @@ def exits():
     close(torch.tensor(asked[:1]), sure[:1],
           "The confidence is the top probability, not that of the token drawn",
           f"top probability {sure[0]:.4f}, an unlikely token drawn: what go_on was asked", (None,))
+    asked = run_draft(tokens, skip, 1, threshold=0.0, temperature=3.0).asked
+    close(torch.tensor(asked[:1]), sure[:1],
+          "The confidence is the top probability before temperature",
+          f"temperature 3, top probability without it {sure[0]:.4f}: what go_on was asked", (None,))
     end = drafted.index(drafted[1]) + 1
-    equal(run_draft(tokens, skip, 4, stop={drafted[1]}).tokens, drafted[:end],
-          "A draft ends after a token in text.stop", f"stop {{{drafted[1]}}}, tokens")
+    for threshold, given in ((None, "no go_on"), (0.0, "a go_on that is always true")):
+        ran = run_draft(tokens, skip, 4, threshold=threshold, stop={drafted[1]})
+        equal(ran.tokens, drafted[:end],
+              "A draft ends after a token in text.stop, with a go_on and without",
+              f"stop {{{drafted[1]}}}, {given}, tokens")
 
 
 # ---------------------------------------------------------------------------- room for a draft
@@ -268,7 +277,7 @@ def scripted_drafter(played: Played, chance: random.Random):
                 slots[:, :, start:start + K] = 6.0
             text.cache.length += len(tokens)
             marks = [torch.full((VOCABULARY,), float(token)) for token in tokens]
-            played.drafts.append(speculative.Draft(tokens, marks))
+            played.drafts.append(speculative.Draft(tokens, marks, "script"))
             return played.drafts[-1]
 
         def observe(self, text, outcome):
@@ -619,7 +628,7 @@ def statistics():
     played = play([1, 2, 3], 10, script)
     flags = []
     for accepted in played.accepted:
-        flags += ["draft"] * accepted + [""]
+        flags += ["script"] * accepted + [""]
     drafted = sum(len(judged.drafted) for judged in played.judged)
     example = told([1, 2, 3], 10, script)
     for name, meaning, expected in (
@@ -628,7 +637,7 @@ def statistics():
         ("drafted", "counts the tokens drafted", drafted),
         ("accepted", "counts the drafted tokens accepted, without the verifier's own",
          sum(played.accepted)),
-        ("sources", "names the source of the draft that each new token came from, \"\" if none",
+        ("sources", "has the draft's source of each new token that came from one, else \"\"",
          flags[:10]),
         ("draft_seconds", "has the seconds of drafting, by a clock by which each takes 10",
          10.0 * len(played.drafts)),
@@ -719,10 +728,14 @@ def drafted():
                   [False, True, True],
                   "go_on(confidence) is true unless the confidence is below exit_threshold",
                   f"{example}, exit_threshold 0.5: go_on at 0.499, 0.5 and 0.501")
+        speculative.FixedSet(frozenset(), 3, 0.5).propose(text_of([1, 2]), 9)
+        equal([one.skip for one in seen.drafts[4:]], [frozenset()],
+              "With an empty set to skip, as M = 0 has it, the draft is by all layers",
+              "skip {}: what each call of draft_by_skipping was to skip")
         drafter = speculative.SkippingDrafter(3, 0.0)
         got = drafter.propose(text_of([1]), 9)
         require_draft(got, "propose", "skip None")
-        equal((got.tokens, len(seen.drafts)), ([], 4),
+        equal((got.tokens, len(seen.drafts)), ([], 5),
               "While no layers are chosen (skip is None) nothing is drafted",
               "skip None: tokens, and calls of draft_by_skipping")
 
@@ -730,8 +743,8 @@ def drafted():
 def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
     """Begin a text and go through some cycles of 2 tokens each, as the loop would.
 
-    Cycle c ends in states that are all c. ``due``: cycles before each run of the DP. ``skips``:
-    what each draft left out, None where there was none.
+    The states of cycle c's tokens are all c - 0.5 and c. ``due``: cycles before each run of the DP.
+    ``skips``: what each draft left out, None where there was none.
     """
     import speculative
     seen.runs.clear()
@@ -745,10 +758,10 @@ def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
         happened.skips.append(seen.drafts[-1].skip if len(seen.drafts) > drafts else None)
         text.stats.cycles += 1
         text.stats.tokens += [0, 0]
-        told = torch.full((LAYERS + 1, 2, VOCABULARY), -1.0)
-        told[:, -1] = cycle
         runs = len(seen.runs)
-        drafter.observe(text, speculative.Outcome(speculative.Draft([], []), 1, told, {}))
+        draft = speculative.Draft([], [])
+        told = marked_states(cycle - 0.5, cycle)
+        drafter.observe(text, speculative.Outcome(draft, 1, told, {}))
         happened.due += [cycle] * (len(seen.runs) - runs)
     return happened
 
@@ -760,7 +773,13 @@ def due(hidden: Tensor | None, interval: int) -> list[int]:
     return cycles if first in cycles else [first, *cycles]
 
 
-STATES = torch.zeros(LAYERS + 1, 3, VOCABULARY)
+def marked_states(*marks: float) -> Tensor:
+    """States h_0 .. h_L of so many tokens, which are all a token's mark."""
+    return torch.tensor(marks)[:, None].repeat(LAYERS + 1, 1, VOCABULARY)
+
+
+BEGUN = [-1.0, -0.5, 0.0]     # marks of the prompt's tokens, where there are states
+STATES = marked_states(*BEGUN)
 LIVES = [(STATES, 1), (STATES, 2), (STATES, 3), (None, 1), (None, 2), (None, 3)]
 
 
@@ -791,37 +810,47 @@ def when():
 @check(1, "The drafter: on what the DP runs, and what comes of it")
 def on_what():
     import speculative
-    for (hidden, interval), tokens in itertools.product(LIVES, (1, 2)):
+    for (hidden, interval), tokens, budget in itertools.product(LIVES, (1, 2, 5), (M, 0)):
         with noted() as seen:
             llama = token_model()
             text = text_of([1, 2])
-            drafter = speculative.Clasp(llama, M, 3, 0.0, interval, tokens)
+            drafter = speculative.Clasp(llama, budget, 3, 0.0, interval, tokens)
             happened = live(drafter, text, hidden, seen)
-            example = f"{life(hidden, interval)}, opt_tokens {tokens}"
+            example = f"{life(hidden, interval)}, opt_tokens {tokens}, skip_layers {budget}"
             cycles = due(hidden, interval)
+            equal(happened.due, cycles,
+                  "The DP runs only when it is due, also with skip_layers 0, where the set chosen "
+                  "is empty", f"{example}: cycles before each run")
             for cycle, run in zip(cycles, seen.runs):
                 where = f"{example}, run after {cycle} cycles"
-                equal(run.budget, M, "The DP's budget is skip_layers", f"{where}: budget")
+                equal(run.budget, budget, "The DP's budget is skip_layers", f"{where}: budget")
                 if run.model is not text.model or run.cache is not text.cache:
                     raise PropertyError("The DP runs on the text's model and cache", where)
-                equal(tuple(run.hidden.shape), (LAYERS + 1, tokens, VOCABULARY),
+                marks = [] if hidden is None else list(BEGUN)
+                marks += [c + half for c in range(1, cycle + 1) for half in (-0.5, 0.0)]
+                marks = marks[-tokens:]
+                equal(tuple(run.hidden.shape), (LAYERS + 1, len(marks), VOCABULARY),
                       "The DP gets h_0 .. h_L of the last opt_tokens tokens in the cache, "
-                      "(L+1, T, dim)", f"{where}: shape")
-                equal(run.hidden[0, -1, 0].item(), float(cycle),
-                      "The DP gets the states that the drafter was told last",
-                      f"{where}: the cycle that they are of")
+                      "(L+1, T, dim), or of all that the drafter was told if these are fewer",
+                      f"{where}: shape")
+                equal(run.hidden[0, :, 0].tolist(), marks,
+                      "The DP gets the states that the drafter was told last, of several cycles if "
+                      "opt_tokens are more than one has",
+                      f"{where}, states of cycle c's tokens all c - 0.5 and c, those of the "
+                      f"prompt's {show(BEGUN)}: states given")
             for measure in seen.measures:
                 equal(measure, "distances" if tokens == 1 else "relative_distances",
                       "The DP measures by distances if opt_tokens is 1, else by relative_distances",
                       f"{example}: measure")
-            sets = [frozenset((n + i) % LAYERS for i in range(M)) for n in range(len(cycles))]
+            sets = [
+                frozenset((n + i) % LAYERS for i in range(budget)) for n in range(len(cycles))]
             expected = []
             for cycle in range(CYCLES):
                 so_far = sum(1 for run in cycles if run <= cycle)
                 expected.append(sets[so_far - 1] if so_far else None)
             equal([show(skip) for skip in happened.skips], [show(skip) for skip in expected],
                   "A draft leaves out the set that the last run of the DP chose for budget M",
-                  f"{example}, a DP whose n-th run chooses layers n, n+1: skip set by cycle")
+                  f"{example}, a DP whose n-th run chooses layers n, n+1 ...: skip set by cycle")
             equal(text.stats.optimizations, len(cycles),
                   "stats.optimizations counts the runs of the DP", f"{example}: optimizations")
             equal([(n, frozenset(skip)) for n, skip in text.stats.skip_sets],

@@ -25,6 +25,12 @@ accept_greedy.mistake(
     "never all of the draft",
     ("[*agree, False].index(False)",
      "min([*agree, False].index(False), max(len(drafted) - 1, 0))"))
+accept_greedy.mistake(
+    "own token left a tensor",
+    ("choices[accepted]", "logits[accepted].argmax()"))
+accept_greedy.mistake(
+    "number accepted left a tensor",
+    ("return accepted,", "return torch.tensor(accepted),"))
 
 
 @solves("speculative.accept_sampled")
@@ -94,3 +100,13 @@ accept_sampled.mistake(
 accept_sampled.mistake(
     "greedy token in place of the rejected one",
     ("draw(left)", "int(p[i].argmax())"))
+accept_sampled.mistake(
+    "token in place of the rejected one left a tensor",
+    ("draw(left)", "torch.multinomial(left, 1, generator=rng)"))
+accept_sampled.mistake(
+    "bonus token left a tensor",
+    ("draw(p[i])", "torch.multinomial(p[i], 1, generator=rng)[0]"))
+accept_sampled.mistake(
+    "number accepted as a float",
+    ("accepted = 0\n", "accepted = 0.0\n"),
+    ("i = accepted\n", "i = int(accepted)\n"))

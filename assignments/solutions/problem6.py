@@ -64,6 +64,18 @@ draft_by_skipping.mistake(
     "a tensor looked up in stop",
     ("int(drawn) in text.stop", "drawn in text.stop"))
 draft_by_skipping.mistake(
+    "drafted tokens left tensors",
+    ("drafted.append(int(drawn))", "drafted.append(drawn)"))
+draft_by_skipping.mistake(
+    "stop ignored where go_on is given",
+    ("int(drawn) in text.stop or not sure", "not sure if go_on else int(drawn) in text.stop"))
+draft_by_skipping.mistake(
+    "confidence after temperature",
+    ("logits.softmax(-1)", "(logits / (text.temperature or 1)).softmax(-1)"))
+draft_by_skipping.mistake(
+    "confidence by what the token was drawn from",
+    ("logits.softmax(-1)", "logits.softmax(-1) if q is None else q"))
+draft_by_skipping.mistake(
     "drafted by the whole model",
     ("text.cache, skip)", "text.cache)"))
 draft_by_skipping.mistake(
@@ -315,6 +327,9 @@ decode.mistake(
     "all tokens of an accepted draft counted as the draft's",
     ("if i < accepted else", "if accepted else"))
 decode.mistake(
+    "every source called draft",
+    ("draft.source if", "\"draft\" if"))
+decode.mistake(
     "cycles counted after the drafter is told",
     ("stats.cycles += 1\n", "first = stats.cycles == 0\n"),
     ("if stats.cycles > 0:", "if stats.new_tokens:"),
@@ -339,6 +354,9 @@ skipping_propose.mistake(
     "a draft by no choice of layers",
     ("        return speculative.Draft([], [])",
      "        return speculative.draft_by_skipping(text, (), length)"))
+skipping_propose.mistake(
+    "nothing drafted by an empty set",
+    ("self.skip is None", "not self.skip"))
 skipping_propose.mistake(
     "drafts to the end of the room",
     ("min(self.draft_length, most)", "most"))
@@ -402,6 +420,13 @@ observe.mistake(
     "DP only after the prefill",
     ("due = not cycles % self.opt_interval", "due = False"))
 observe.mistake(
+    "an empty set taken for none",
+    ("self.skip is None", "not self.skip"))
+observe.mistake(
+    "states kept only where the DP is due",
+    ("    self.recent += [outcome.hidden]\n", ""),
+    ("        self.choose", "        self.recent += [outcome.hidden]\n        self.choose"))
+observe.mistake(
     "a prompt of one token forgotten",
     ("due or self.skip is None", "due"))
 
@@ -442,6 +467,12 @@ choose_layers.mistake(
 choose_layers.mistake(
     "sets noted by the cycle",
     ("text.stats.new_tokens", "text.stats.cycles"))
+choose_layers.mistake(
+    "divided by a budget of 0",
+    ("max(1, self.budget)", "self.budget"))
+choose_layers.mistake(
+    "states of the last cycle only",
+    ("torch.cat([*self.recent], dim=1)", "self.recent[-1]"))
 choose_layers.mistake(
     "states averaged over the layers",
     ("hidden, self.budget, select)", "hidden.mean(0), self.budget, select)"))
