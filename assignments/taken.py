@@ -39,7 +39,7 @@ MODULES = {
 BUILTINS = set("""
     abs all any bool bytes callable complex dict divmod enumerate filter float frozenset hash id int
     isinstance issubclass iter len list map max min next object pow print range repr reversed round
-    set slice sorted str sum tuple zip NotImplemented Ellipsis ArithmeticError AssertionError
+    set slice sorted str sum super tuple zip NotImplemented Ellipsis ArithmeticError AssertionError
     AttributeError FloatingPointError IndexError KeyError LookupError NotImplementedError
     OverflowError RuntimeError StopIteration TypeError ValueError ZeroDivisionError
 """.split())

@@ -497,6 +497,12 @@ raise SystemExit(1)
     assert len(notes) == 4
 
 
+def test_a_method_may_call_that_of_its_superclass(solved):
+    begin = body_of((ROOT / "speculative.py").read_text(), "Clasp.begin")
+    misbehave(solved, "speculative.Clasp.begin", f"super().begin(text, hidden)\n{begin}")
+    assert scores(graded(solved, "--problems", "6")) == {6: FULL[6]}
+
+
 def test_a_function_that_needs_what_is_not_taken_costs_only_itself(tmp_path):
     """Defaults, decorators and annotations of values are looked up when a module loads."""
     path = tmp_path / "dp_skip.py"
