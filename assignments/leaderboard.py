@@ -22,6 +22,7 @@ ROOT = HERE if (HERE / "model.py").exists() else HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 from checks.common import PropertyError, golden, use_golden
 from child import explain, private_channel
+from taken import parsed
 
 import speculative
 from checkpoint import BUNDLED, load_model
@@ -31,12 +32,16 @@ ROUNDS = 3                    # that are timed, after one that warms up
 SETTINGS = ("skip_layers", "draft_length", "exit_threshold", "opt_interval", "opt_tokens")
 
 
+class EntryError(Exception):
+    """An entry.py that cannot be measured, said in one line."""
+
+
 def measure(entry) -> dict:
     """{"line": text for people, "values": {name: number}}.
 
-    Raises PropertyError if a text is not the whole model's own.
+    Raises PropertyError if a text is not the whole model's own, EntryError for what is no entry.
     """
-    require_known(entry)
+    require_entry(entry)
     model = load_model(BUNDLED)
     seconds = Counter()
     counts = Counter()
@@ -57,11 +62,17 @@ def measure(entry) -> dict:
     return {"line": line, "values": {"speedup": round(speedup, 2), "tau": round(tau, 2)}}
 
 
-def require_known(entry):
-    unknown = sorted(entry.SETTINGS.keys() - set(SETTINGS))
+def require_entry(entry):
+    for name in ("SETTINGS", "DRAFTER"):
+        if not hasattr(entry, name):
+            raise EntryError(f"entry.py has no {name}")
+    if not isinstance(entry.SETTINGS, dict):
+        kind = type(entry.SETTINGS).__name__
+        raise EntryError(f"SETTINGS in entry.py are a dict, as they were handed out: got a {kind}")
+    unknown = sorted(entry.SETTINGS.keys() - set(SETTINGS), key=str)
     if unknown:
-        raise PropertyError(
-            f"SETTINGS in entry.py are some of {', '.join(SETTINGS)}", f"got {', '.join(unknown)}")
+        raise EntryError(f"SETTINGS in entry.py are some of {', '.join(SETTINGS)}: got "
+                         f"{', '.join(map(str, unknown))}")
 
 
 def plain_decoding(model, prompt: list[int]):
@@ -120,9 +131,17 @@ def compare(name: str, text: dict, tokens: list[int]):
 
 
 def load_entry(path: Path):
+    """Raises EntryError if there is none, or if it is no Python."""
+    _, trouble = parsed(path)
+    if trouble:
+        raise EntryError(trouble)
     spec = importlib.util.spec_from_file_location("entry", path)
     entry = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(entry)
+    try:
+        spec.loader.exec_module(entry)
+    except SyntaxError as error:                       # that only compiling finds
+        raise EntryError(f"entry.py does not load, SyntaxError in line {error.lineno}: "
+                         f"{error.msg}") from None
     return entry
 
 
@@ -133,8 +152,10 @@ def main():
     use_golden(job["golden"])
     try:
         said = measure(load_entry(Path(job["repo"], "entry.py")))
-    except PropertyError as error:
+    except (EntryError, PropertyError) as error:
         said = {"line": str(error), "values": {}}
+    except speculative.SettingsError as error:
+        said = {"line": f"entry.py: {error}", "values": {}}
     except BaseException as error:
         said = {"line": explain(error, job["repo"]), "values": {}}
     channel.write(json.dumps({"key": job["key"], **said}))

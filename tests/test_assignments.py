@@ -1056,8 +1056,25 @@ def test_the_leaderboard_refuses_another_text(short_leaderboard, monkeypatch):
 
 
 def test_the_leaderboard_takes_the_documented_settings_and_no_others(short_leaderboard):
-    with pytest.raises(checks.PropertyError, match="SETTINGS in entry.py are some of skip_layers"):
+    with pytest.raises(leaderboard.EntryError, match="are some of skip_layers.+ got model"):
         leaderboard.measure(an_entry(model="another"))
+
+
+@pytest.mark.parametrize("text, said", [
+    (None, "there is no entry.py"),
+    ("SETTINGS = {", "entry.py does not load, SyntaxError in line 1: "),
+    ("x = 1\nreturn x", "entry.py does not load, SyntaxError in line 2: "),
+    ("DRAFTER = None", "entry.py has no SETTINGS"),
+    ("SETTINGS = {}", "entry.py has no DRAFTER"),
+    ("SETTINGS = []\nDRAFTER = None", "SETTINGS in entry.py are a dict, .+ got a list"),
+])
+def test_what_is_no_entry_is_said_to_be_so_in_one_line(tmp_path, text, said):
+    path = tmp_path / "entry.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(leaderboard.EntryError, match=said) as raised:
+        leaderboard.measure(leaderboard.load_entry(path))
+    assert "\n" not in str(raised.value)
 
 
 def test_the_leaderboard_counts_by_itself(short_leaderboard):
@@ -1072,6 +1089,7 @@ def test_the_leaderboard_counts_by_itself(short_leaderboard):
 @pytest.mark.thorough
 @pytest.mark.parametrize("text, said", [
     ("DRAFTER = None\nSETTINGS = {'top_p': 1}", "SETTINGS in entry.py are some of"),
+    ("DRAFTER = None\nSETTINGS = {'skip_layers': 99}", "entry.py: the skipped layers must be"),
     ("raise SystemExit", "sys.exit, at entry.py, line 1"),
     ("1 / 0", "ZeroDivisionError: division by zero, at entry.py, line 1"),
     ("import os; os._exit(0)", "nothing measured"),
