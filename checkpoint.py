@@ -300,7 +300,7 @@ def unchanged(linear: nn.Module) -> nn.Module:
 
 
 def load_model(
-    folder: Path,
+    folder: Path | str,
     device="cpu",
     dtype=torch.float32,
     form: Callable[[nn.Module], nn.Module] = unchanged,
@@ -316,7 +316,7 @@ def load_model(
     form, some at a time, side by side. So the model never exists twice, nor in another form.
     Raises ModelError before that, see ``read_headers``.
     """
-    config, stored = read_headers(folder)
+    config, stored = read_headers(Path(folder))
     with torch.device("meta"):                                       # no memory yet
         model = Llama(share.config(config))
 
@@ -464,8 +464,9 @@ TEMPLATE_SECONDS = 5          # a chat template that takes longer never ends
 class Tokenizer:
     """A folder's tokenizer, chat template and stop tokens."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path | str):
         from tokenizers import Tokenizer as Library
+        folder = Path(folder)
         try:
             if not (folder / "tokenizer.json").is_file():
                 raise OSError("no such file")

@@ -518,7 +518,7 @@ def write_trace(decoder: "Decoder", tokenizer: Tokenizer, plain_ends: list[float
 
 def write_whole(path: Path, text: str):
     """All of it, or what was there before stays."""
-    beside = path.with_name(f"{path.name}.new")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.new")        # nobody else's
     try:
         beside.write_text(text, encoding="utf-8")
         beside.replace(path)

@@ -327,6 +327,8 @@ def new_text(
     """
     stats = stats or Stats()
     require_possible(model, prompt, max_new_tokens, temperature, top_p, seed, stats)
+    require(width is None or 1 <= (narrowest or width) <= width,
+            "the width must be at least 1, and the narrowest pass no wider")
     end = len(prompt) + max_new_tokens
     cache = cache or KVCache(model, end, max(width or 1, scratch))
     require_room(cache, prompt, end, width or 1)

@@ -34,6 +34,7 @@ from speculative import SettingsError, require, require_sampling
 METHODS = "clasp,auto,best-fixed,self-sd,swift,even,random,prompt-lookup"
 STEP_REPEATS = 9              # at least: steps are short
 RIVAL_REPEATS = 5
+MADE_BY = "Made by `"          # starts the last line of a page
 
 
 # ---------------------------------------------------------------------------- arguments
@@ -98,6 +99,23 @@ def require_sensible(args: argparse.Namespace):
         require(args.out.suffix == ".jsonl",
                 "--out must end in .jsonl: the table goes beside it as .md and .csv")
     require(not file.is_dir(), f"{file} is a folder")
+    page = page_of(args)
+    require(not page.exists() or is_ours(page),
+            f"{page} is no page that python -m bench made: it would be overwritten")
+
+
+def page_of(args: argparse.Namespace) -> Path:
+    """The Markdown file that is written."""
+    if args.speed:
+        return args.speed
+    if args.figures:
+        return args.figures / "figures.md"
+    return args.out.with_suffix(".md")
+
+
+def is_ours(page: Path) -> bool:
+    last_line = page.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
+    return last_line.startswith(MADE_BY)
 
 
 def packages_needed(args: argparse.Namespace) -> list[str]:
@@ -178,16 +196,13 @@ def run(argv: list[str]):
     target = load_target(args)
     say(f"{target.name}; {target.where}; {target.settings}")
     if args.speed:
-        path = args.speed
         text = make_steps(target, args, questions)
     elif args.figures:
-        path = args.figures / "figures.md"
         text = make_figures(target, args, questions)
     else:
-        path = args.out.with_suffix(".md")
         text = make_table(target, args, questions)
-    text += f"\nMade by `{command(argv, args.model)}`.\n"
-    path.write_text(text, encoding="utf-8")
+    text += f"\n{MADE_BY}{command(argv, args.model)}`.\n"
+    page_of(args).write_text(text, encoding="utf-8")
     print(text)
 
 

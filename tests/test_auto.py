@@ -176,6 +176,22 @@ def test_known_settings_are_used_and_words_looked_up_where_that_is_better():
     assert {len(skip) for _, skip in stats.skip_sets} == {3}
 
 
+def test_known_settings_have_the_scratch_slots_that_their_dp_wants():
+    """Else it would see fewer tokens than it is told to."""
+    model = agreeable()
+    clasp = Clasp(model, 3, 4, opt_tokens=5)
+    auto = Auto(model, costs=CHEAP, clasp=clasp)
+    seen = []
+
+    def recorded(text):
+        seen.append(text.cache.rows // clasp.budget)
+        Clasp.choose_layers(clasp, text)
+
+    clasp.choose_layers = recorded
+    write(model, auto, 20)
+    assert seen and min(seen) >= 5
+
+
 def test_known_settings_that_do_not_pay_are_seldom_tried():
     model = random_model(residual=1.0, context=2048)
     auto = with_settings(model)

@@ -571,6 +571,16 @@ def test_mistakes_are_one_line(tmp_path, capsys, argv, word):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("option", ["--out", "--speed"])
+def test_a_page_that_somebody_else_wrote_is_not_overwritten(tmp_path, capsys, option):
+    page = tmp_path / "notes.md"
+    page.write_text("# my notes\n")
+    file = page.with_suffix(".jsonl") if option == "--out" else page
+    assert program.main([*TINY, option, str(file)]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert page.read_text() == "# my notes\n"
+
+
 @pytest.mark.parametrize("argv, package", [
     ([], "optuna"),
     (["--figures", "folder"], "matplotlib"),

@@ -23,7 +23,8 @@ import extras.exact
 import speculative
 from checkpoint import BUNDLED, load_model
 from extras import attention
-from extras.exact import exact_width, is_even, passes_agree
+from extras.exact import exact_width, is_even, narrowest, passes_agree
+from extras.lookup import Lookup
 from model import BLOCK, KVCache, ModelError
 from speculative import (
     Draft,
@@ -110,16 +111,18 @@ def test_the_bits_of_a_row_do_not_depend_on_its_pass_in_any_precision(all_thread
 # ---------------------------------------------------------------- whole texts
 
 def assert_exact(model, prompt: list[int], count: int, draft_length: int, **settings):
-    """CLaSp's greedy text and cache are plain decoding's, bit for bit."""
+    """CLaSp's greedy text and cache are plain decoding's, bit for bit, padded or not."""
     width = width_for(model, draft_length + 1)
-    plain = KVCache(model, len(prompt) + count, width)
-    cache = KVCache(model, len(prompt) + count, width)
-    expected = list(autoregressive(model, prompt, count, width=width, cache=plain))
-    got = list(clasp(model, prompt, count, width=width, cache=cache,
-                     draft_length=draft_length, **settings))
-    assert got == expected
-    assert cache.length == plain.length == len(prompt) + count - 1
-    assert same_bits(valid(cache), valid(plain))
+    for fewest in {width, narrowest(model, width)}:
+        passes = {"width": width, "narrowest": fewest}
+        plain = KVCache(model, len(prompt) + count, width)
+        cache = KVCache(model, len(prompt) + count, width)
+        expected = list(autoregressive(model, prompt, count, cache=plain, **passes))
+        got = list(clasp(model, prompt, count, cache=cache, draft_length=draft_length, **passes,
+                         **settings))
+        assert got == expected
+        assert cache.length == plain.length == len(prompt) + count - 1
+        assert same_bits(valid(cache), valid(plain))
 
 
 def test_a_text_of_the_bundled_model_is_exact(bundled):
@@ -243,6 +246,58 @@ def test_a_width_is_looked_for_once(monkeypatch):
 
     monkeypatch.setattr("extras.exact.is_even", fail)
     assert exact_width(model, 5) == width
+
+
+def roundly(monkeypatch, uneven_rows: set[int]):
+    """Products of a row are the same among any number of rows, but for these."""
+    linear = torch.nn.functional.linear
+
+    def by_row(x, weight, bias=None):
+        rows = [linear(row, weight) for row in x.split(1, dim=-2)]
+        out = torch.cat(rows, dim=-2)
+        return out * (1 + 2 ** -20) if x.shape[-2] in uneven_rows else out
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attend_by_row(q, k, v, attn_mask=None, **settings):
+        rows = range(q.shape[2])
+        mask = [attn_mask if attn_mask is None else attn_mask[..., i:i + 1, :] for i in rows]
+        out = [attend(q[:, :, i:i + 1], k, v, attn_mask=mask[i], **settings) for i in rows]
+        return torch.cat(out, dim=2)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", by_row)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_by_row)
+
+
+@pytest.mark.parametrize("uneven_rows, fewest", [(set(), 1), ({1}, 2), ({3}, 4), ({1, 4}, 5)])
+def test_the_narrowest_pass_is_the_last_that_rounds_alike(monkeypatch, uneven_rows, fewest):
+    roundly(monkeypatch, uneven_rows)
+    model = random_model()
+    assert exact_width(model, 5) == 5
+    assert narrowest(model, 5) == fewest
+
+
+def test_passes_are_padded_to_the_narrowest_and_no_further(monkeypatch):
+    """And the text, keys and values are those of plain decoding in the narrowest passes."""
+    roundly(monkeypatch, {1})
+    model = random_model()
+    widths = []
+
+    def recorded(model, cache, tokens, width):
+        widths.append((len(tokens), width))
+        return full_pass(model, cache, tokens, width)
+
+    monkeypatch.setattr(speculative, "full_pass", recorded)
+    passes = {"width": 5, "narrowest": 2}
+    plain, cache = KVCache(model, 80, 18), KVCache(model, 80, 18)
+    prompt = tokens_of(model, 5)
+    expected = list(autoregressive(model, prompt, 60, cache=plain, **passes))
+    assert set(widths) == {(1, 2)}
+    widths.clear()
+    assert list(decode(model, prompt, 60, Lookup(4), cache=cache, **passes)) == expected
+    assert same_bits(valid(cache), valid(plain))
+    assert len(set(widths)) > 2
+    assert all(width == max(count, 2) for count, width in widths)
 
 
 def test_a_row_that_depends_on_the_tokens_beside_it_is_found(monkeypatch):

@@ -219,6 +219,8 @@ def test_a_model_that_computes_no_numbers_is_refused(method, value):
     ({"max_new_tokens": 0}, "new tokens"),
     ({"max_new_tokens": 254}, "context of 256"),
     ({"stats": Stats(tokens=[1])}, "another text"),
+    ({"width": 0}, "the width must be at least 1"),
+    ({"width": 5, "narrowest": 6}, "the narrowest pass no wider"),
 ], ids=str)
 def test_impossible_settings_are_refused(settings, word):
     settings = {"prompt": [1, 2, 3], "max_new_tokens": 5} | settings

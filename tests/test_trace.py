@@ -196,6 +196,7 @@ def test_a_page_that_cannot_be_is_refused_before_anything_is_written(
 def test_a_page_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path, monkeypatch):
     file = tmp_path / "run.html"
     file.write_text("before")
+    (tmp_path / "run.html.new").write_text("somebody's")
 
     def full(path, text, **settings):
         path.write_bytes(text[:3].encode())
@@ -205,7 +206,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path, m
     with pytest.raises(SettingsError, match="cannot write --trace .*run.html: No space left"):
         generate.write_whole(file, "after")
     assert file.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [file]
+    assert sorted(tmp_path.iterdir()) == [file, tmp_path / "run.html.new"]
 
 
 def test_a_pipe_is_no_page(tmp_path, capsys):
