@@ -144,8 +144,9 @@ def add_clasp_arguments(parser: Parser):
         help="choose the layers by the states of the last T tokens; 1: as in the paper; "
              f"{by_model} {OPT_TOKENS}")
     add("--exact", action=argparse.BooleanOptionalAction, default=None,
-        help="all passes in one shape: greedy text is that of plain decoding in such passes, to "
-             "the last bit; --no-exact saves the padding; default: yes with --drafter layers")
+        help="passes that round alike: greedy text is that of plain decoding in such passes, to "
+             "the last bit; --no-exact saves padding where they need it; default: yes with "
+             "--drafter layers when greedy")
     add("--device", metavar="cpu|cuda|cuda:N|mps", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="default: float32 on the CPU, bfloat16 elsewhere and with --weights")
@@ -326,7 +327,9 @@ class Decoder:
 
     @property
     def wants_exact(self) -> bool:
-        return self.drafts_by == "layers" if self.args.exact is None else self.args.exact
+        if self.args.exact is not None:
+            return self.args.exact
+        return self.drafts_by == "layers" and self.args.temperature == 0
 
     @property
     def width(self) -> int | None:

@@ -31,8 +31,12 @@ class Method(NamedTuple):
     narrowest: int | None = None  # and fewest: narrower passes are padded
 
     def tokens(self, model: Llama, prompt: list[int], count: int, **settings) -> Iterator[int]:
-        """New tokens, as they come. settings: see ``speculative.new_text``."""
-        settings |= {"width": self.width, "narrowest": self.narrowest}
+        """New tokens, as they come. settings: see ``speculative.new_text``.
+
+        Samples are compared with nothing bit for bit, so their passes are never padded.
+        """
+        if settings.get("temperature", 0) == 0:
+            settings |= {"width": self.width, "narrowest": self.narrowest}
         if self.drafter is None:
             return autoregressive(model, prompt, count, **settings)
         return decode(model, prompt, count, self.drafter, **settings)

@@ -319,7 +319,7 @@ def test_a_draft_length_alone_says_nothing_of_layers(capsys, tmp_path, autos):
 
 
 def drafter_of(folder, *argv):
-    args = generate.arguments(["--model", str(folder), *argv])
+    args = generate.arguments(["--model", str(folder), "--temperature", "0", *argv])
     return generate.Decoder(args, folder, random_model(), set())
 
 

@@ -124,9 +124,10 @@ def test_long_greedy_text_is_plain_decodings_in_every_precision(capsys, dtype, f
 
 
 @pytest.mark.parametrize("flags, is_exact", [
-    ([*BY_HAND], True),
+    ([*BY_HAND, *GREEDY], True),
+    ([*BY_HAND, *GREEDY, "--no-exact"], False),
+    ([*BY_HAND], False),                           # a sample is compared with nothing
     ([*BY_HAND, "--exact"], True),
-    ([*BY_HAND, "--no-exact"], False),
     (["--skip-layers", "auto"], False),
     (["--skip-layers", "auto", "--exact"], True),
     (["--skip-layers", "auto", "--no-exact"], False),
@@ -154,7 +155,7 @@ def test_plain_decoding_is_not_called_exact(capsys, folder):
 
 @pytest.mark.parametrize("flags, said", [
     (["--exact"], True),
-    (BY_HAND, True),
+    ([*BY_HAND, *GREEDY], True),
     ([*BY_HAND, "--no-exact"], False),
     (["--skip-layers", "auto"], False),
     (["--exact", "--method", "autoregressive"], False),
