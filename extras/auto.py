@@ -48,7 +48,7 @@ class Auto(Drafter):
             self.scratch = clasp.scratch
 
     def begin(self, text: Text, hidden: Tensor | None):
-        self.costs.narrowest = text.pass_width(1) or 1
+        self.costs.pad_to(text.pass_width(1) or 1)
         self.lookup.begin(text, hidden)
         self.skipping.begin(text, hidden)
 

@@ -44,6 +44,7 @@ def exact_width(model: Llama, rows: int) -> int | None:
     """
     if model.config.head_dim % VECTOR:
         return None
+
     def find() -> int | None:
         widths = range(rows, rows + TRIED)
         return next((w for w in widths if is_even(model, w) and passes_agree(model, w)), None)
@@ -54,8 +55,11 @@ def exact_width(model: Llama, rows: int) -> int | None:
 def narrowest(model: Llama, width: int) -> int:
     """The fewest rows from which on, up to ``width``, every row has the bits that it has there.
 
-    width: what ``exact_width`` found.
+    width: what ``exact_width`` found. On a GPU it is the answer too: there a few rows cost as much
+    as one, and each shape would want a CUDA graph of its own.
     """
+    if model.device.type != "cpu":
+        return width
     return remembered(model, "narrowest", width, lambda: find_narrowest(model, width))
 
 

@@ -124,6 +124,11 @@ class Costs:
         self.typical[kind] = typical
         self.__dict__.pop("known_passes", None)          # to be computed anew
 
+    def pad_to(self, rows: int):
+        """From now on passes have so many rows at least."""
+        self.narrowest = rows
+        self.__dict__.pop("known_passes", None)          # to be computed anew
+
     def note_pass(self, rows: int, seconds: float):
         """Of the whole model, with so many tokens; narrow ones are padded."""
         self.note(max(rows, self.narrowest), seconds)
@@ -161,9 +166,9 @@ class Costs:
         return times_between(self.known_passes, self.row * self.unit, most + 1)
 
     def row_time(self, most: int) -> float:
-        """What each token adds to a pass, on average over drafts of up to ``most``."""
+        """What one more token adds to a pass that checks some, on average up to ``most``."""
         times = self.pass_times(most)
-        return (times[most] - times[0]) / most
+        return (times[most] - times[1]) / max(1, most - 1)
 
     @cached_property
     def known_passes(self) -> list[tuple[int, float]]:

@@ -136,13 +136,22 @@ def test_fixed_costs_are_not_changed_by_what_is_measured():
 def test_where_passes_are_padded_a_plain_step_costs_as_much_as_a_short_draft():
     for fixed in (None, HOPELESS):
         costs = Costs(random_model(), fixed)
-        costs.narrowest = 5
+        costs.pass_times(8)
+        costs.pad_to(5)
         for rows in (2, 4, 5):
             costs.note_pass(rows, 3.0)
         times = costs.pass_times(8)
         assert len(set(times[:5])) == 1
         assert times[4:] == sorted(set(times))
         assert costs.plain == times[0] == (9.0 if fixed else pytest.approx(3.0, rel=0.5))
+
+
+def test_another_token_costs_what_it_adds_to_a_pass_that_checks_some():
+    """The second row may cost more than those after it; but a draft that asks has paid for it."""
+    costs = Costs(random_model())
+    measured(costs, {1: 1.0, 2: 1.3, 5: 1.6})
+    assert costs.row_time(4) == pytest.approx(0.1, abs=0.02)
+    assert costs.row_time(1) == 0
 
 
 def test_shares_follow_the_weights():
