@@ -10,7 +10,6 @@ wide a pass) and printing. The drafter is speculative.Clasp if its settings are 
 extras.auto.Auto, which looks words up too, and decides itself.
 """
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -379,8 +378,10 @@ class Decoder:
 def say(line: str, end="\n"):
     """To standard error. If that is closed or full, the text itself goes on."""
     if sys.stderr is not None:
-        with contextlib.suppress(OSError):
+        try:
             print(line, file=sys.stderr, end=end, flush=True)
+        except OSError:
+            silence(sys.stderr)
 
 
 def show(pieces: Iterator[str], stats: Stats, by_source: bool):
@@ -681,17 +682,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:                            # the reader has gone: say nothing more
-        silence_output()
+        silence(sys.stdout)
         return 141
     except OSError as error:
-        silence_output()
+        silence(sys.stdout)
         say(f"generate.py: cannot write the output: {error.strerror or error}")
         return 2
 
 
-def silence_output():
-    """What Python still wants to write when it ends goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def silence(stream):
+    """What Python still wants to write there when it ends goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -474,7 +474,7 @@ def test_the_fingerprint_sees_every_layer():
 
 def test_settings_are_as_typed_else_as_the_model_suggests_else_the_default():
     typed = load_target(program.arguments(["--device", DEVICE, "--draft-length", "2"])).settings
-    assert typed == {"skip_layers": 16, "draft_length": 2, "exit_threshold": 0.0,
+    assert typed == {"skip_layers": 16, "draft_length": 2, "exit_threshold": 0.3,
                      "opt_interval": 128, "opt_tokens": 4}
 
 
