@@ -93,12 +93,14 @@ def find_narrowest(model: Llama, width: int) -> int:
                 least = rows + 1
                 break
     cache = KVCache(model, BLOCK, width)
-    token = [0]
-    expected = full_pass(model, cache, token, width)[1].clone()      # CUDA graphs reuse its place
-    for rows in reversed(range(least, width)):
+
+    def logits(rows: int) -> Tensor:
         cache.length = 0
-        if not are_rows_of([full_pass(model, cache, token, rows)[1].nan_to_num()],
-                           [expected.nan_to_num()]):
+        return full_pass(model, cache, [0], rows)[1].nan_to_num()
+
+    expected = [logits(width)]
+    for rows in reversed(range(least, width)):
+        if not are_rows_of([logits(rows)], expected):
             return rows + 1
     return least
 
