@@ -36,7 +36,7 @@ from checkpoint import (
 )
 from extras.auto import Auto
 from extras.chat import Conversation, talk
-from extras.exact import exact_width, narrowest
+from extras.exact import exact_passes
 from extras.lookup import MOST, Lookup
 from extras.memory import Plan, require_fits
 from extras.packed import choose_form, choose_threads, pack
@@ -316,14 +316,6 @@ class Decoder:
         longest = min(suggested.get("draft_length", DRAFT_LENGTH), self.draft_length)
         return Clasp(self.model, **suggested | {"draft_length": longest})
 
-    @cached_property
-    def exact_width(self) -> int | None:
-        """By the draft's length; where that varies, wide passes would cost more than they bring."""
-        most = self.draft_length
-        if self.drafts_by != "layers":
-            most = min(most, DRAFT_LENGTH)
-        return exact_width(self.model, most + 1)
-
     @property
     def wants_exact(self) -> bool:
         if self.args.exact is not None:
@@ -331,16 +323,21 @@ class Decoder:
         return self.drafts_by == "layers" and self.args.temperature == 0
 
     @property
-    def width(self) -> int | None:
-        """Most rows of a pass of the whole model; None: as needed."""
-        return self.exact_width if self.wants_exact else None
+    def is_exact(self) -> bool:
+        return self.passes != {}
 
-    @property
-    def passes(self) -> dict:
-        """How wide passes are, see ``speculative.new_text``."""
-        if self.width is None:
+    @cached_property
+    def passes(self) -> dict[str, int]:
+        """How wide passes are, see ``speculative.new_text``; {}: as their tokens need.
+
+        Where the draft's length varies, wide ones would cost more than they bring.
+        """
+        if not self.wants_exact:
             return {}
-        return {"width": self.width, "narrowest": narrowest(self.model, self.width)}
+        most = self.draft_length
+        if self.drafts_by != "layers":
+            most = min(most, DRAFT_LENGTH)
+        return exact_passes(self.model, most + 1)
 
     def write(self, prompt: list[int], stats: Stats) -> Iterator[int]:
         """Tokens by the method that was asked for."""
@@ -489,7 +486,7 @@ def as_json(decoder: "Decoder", prompt: list[int], text: str, stats: Stats) -> d
         "model": args.model,
         "device": str(weight.device),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "exact": args.method == "clasp" and decoder.width is not None,
+        "exact": args.method == "clasp" and decoder.is_exact,
         "stats": {
             **{name: getattr(stats, name) for name in names},
             "skipped_layers": sorted(last_set),
@@ -590,7 +587,7 @@ def explain_difference(
     _, logits = full_pass(decoder.model, cache, text[cache.length:cache.length + 1], None)
     first, second = logits[0].float().topk(2).values.tolist()
     same = None
-    if decoder.width is not None:
+    if decoder.is_exact:
         same = list(decoder.plain(prompt, Stats(), **decoder.passes)) == tokens
     return {"new_token": at, "logit_gap": first - second, "identical_at_same_width": same}
 
@@ -616,7 +613,7 @@ def prepare(args: argparse.Namespace, text: str) -> tuple[Decoder, Tokenizer, li
     prompt = tokenizer.encode(text, args.chat)
     require_room(args, folder, device, dtype, prompt)
     decoder = Decoder(args, folder, prepare_model(args, folder, device, dtype), tokenizer.stop)
-    if args.method == "clasp" and decoder.wants_exact and decoder.width is None:
+    if args.method == "clasp" and decoder.wants_exact and not decoder.is_exact:
         say("not exact: kernels here round differently by a row's place, whatever the pass's width")
     return decoder, tokenizer, prompt
 
@@ -630,7 +627,7 @@ def converse(args: argparse.Namespace) -> int:
     decoder, tokenizer, _ = prepare(args, "Hello")
     drafter = decoder.drafter if args.method == "clasp" else None
     conversation = Conversation(decoder.model, tokenizer, drafter, args.max_new_tokens,
-                                **decoder.passes, **decoder.sampling)
+                                decoder.passes, **decoder.sampling)
     talk(conversation, args.json, say)
     return 0
 

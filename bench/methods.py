@@ -27,8 +27,7 @@ from speculative import Clasp, Drafter, FixedSet, autoregressive, decode, requir
 class Method(NamedTuple):
     """A way to decode. The drafter goes from text to text, and keeps what it has learned."""
     drafter: Drafter | None       # None: plain decoding
-    width: int | None = None      # most rows of a pass of the whole model; None: as needed
-    narrowest: int | None = None  # and fewest: narrower passes are padded
+    passes: dict[str, int] = {}   # how wide they are, see ``exact_passes``; {}: as needed
 
     def tokens(self, model: Llama, prompt: list[int], count: int, **settings) -> Iterator[int]:
         """New tokens, as they come. settings: see ``speculative.new_text``.
@@ -36,7 +35,7 @@ class Method(NamedTuple):
         Samples are compared with nothing bit for bit, so their passes are never padded.
         """
         if settings.get("temperature", 0) == 0:
-            settings |= {"width": self.width, "narrowest": self.narrowest}
+            settings |= self.passes
         if self.drafter is None:
             return autoregressive(model, prompt, count, **settings)
         return decode(model, prompt, count, self.drafter, **settings)
@@ -44,7 +43,7 @@ class Method(NamedTuple):
 
 def exact(target: Target, drafter: Drafter | None) -> Method:
     """To the last bit: the greedy text of plain decoding in such passes."""
-    return Method(drafter, target.width, target.narrowest)
+    return Method(drafter, target.passes)
 
 
 PLAIN = "autoregressive"          # the name of what all are measured against

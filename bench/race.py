@@ -41,7 +41,7 @@ class Prompt(NamedTuple):
     turn: int
     group: str
     tokens: list[int]
-    answer: list[int]         # the whole model's greedy one, in passes of ``Target.width``
+    answer: list[int]         # the whole model's greedy one, in ``Target.passes``
 
 
 def race(

@@ -16,7 +16,7 @@ from checkpoint import (
     suggested_settings,
 )
 from extras.cuda_graphs import GraphedLlama
-from extras.exact import exact_width, narrowest
+from extras.exact import exact_passes
 from extras.packed import bytes_read, choose_threads, pack, put_into
 from generate import Parser, choose_device, form_of_weights
 from model import Config, Llama
@@ -90,17 +90,14 @@ class Target:
         return self.tokenizer.stop if self.tokenizer else set()
 
     @cached_property
-    def width(self) -> int | None:
-        """Rows of a pass of the whole model in which CLaSp is exact to the last bit.
-
-        None: no number of rows is, on this machine. Then passes are not padded.
-        """
-        return exact_width(self.model, self.draft_length + 1)
+    def passes(self) -> dict[str, int]:
+        """How wide passes are in which CLaSp is exact to the last bit, see ``exact_passes``."""
+        return exact_passes(self.model, self.draft_length + 1)
 
     @property
-    def narrowest(self) -> int | None:
-        """Rows that a pass is padded to, if it has fewer; every one of more rounds alike."""
-        return self.width and narrowest(self.model, self.width)
+    def width(self) -> int | None:
+        """Most rows of such a pass; None if no width is exact here. Then none is padded."""
+        return self.passes.get("width")
 
     @property
     def has_graphs(self) -> bool:

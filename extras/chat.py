@@ -33,8 +33,7 @@ class Conversation:
         tokenizer,
         drafter: Drafter | None,
         max_new_tokens: int,
-        width: int | None = None,
-        narrowest: int | None = None,
+        passes: dict[str, int] | None = None,
         **sampling,
     ):
         """tokenizer: a ``checkpoint.Tokenizer``, with a chat template. drafter: None is plain
@@ -44,9 +43,9 @@ class Conversation:
         self.tokenizer = tokenizer
         self.drafter = drafter
         self.max_new_tokens = max_new_tokens
-        self.passes = {"width": width, "narrowest": narrowest}
+        self.passes = passes or {}
         self.sampling = sampling
-        self.rows = max(width or 1, drafter.scratch if drafter else 0)
+        self.rows = max(self.passes.get("width", 1), drafter.scratch if drafter else 0)
         self.cache = KVCache(model, 1, self.rows)
         self.start_over()
         tokenizer.encode(["Hello"], chat=True)           # refuses a model without a template

@@ -52,6 +52,15 @@ def exact_width(model: Llama, rows: int) -> int | None:
     return remembered(model, "width", rows, find)
 
 
+def exact_passes(model: Llama, rows: int) -> dict[str, int]:
+    """How wide passes of up to so many tokens must be, as ``speculative.new_text`` is told it.
+
+    Nothing if no width fits.
+    """
+    width = exact_width(model, rows)
+    return {} if width is None else {"width": width, "narrowest": narrowest(model, width)}
+
+
 def narrowest(model: Llama, width: int) -> int:
     """The fewest rows from which on, up to ``width``, every row has the bits that it has there.
 

@@ -76,8 +76,8 @@ def test_every_method_writes_the_whole_models_greedy_text(target, methods, promp
     """To the last bit, in passes of one width; also those that are measured without padding."""
     if target.width is None:
         pytest.skip("no number of rows is exact on this machine")
-    expected, _ = run(target, Method(None, target.width), prompt, 60)
-    stats, _ = run(target, methods[name]._replace(width=target.width), prompt, 60)
+    expected, _ = run(target, Method(None, target.passes), prompt, 60)
+    stats, _ = run(target, methods[name]._replace(passes=target.passes), prompt, 60)
     assert stats.tokens == expected.tokens
 
 
@@ -104,7 +104,7 @@ def test_all_methods_skip_the_same_number_of_layers(target, methods, prompt, nam
 def test_padding_is_for_all_but_plain_decoding_auto_and_prompt_lookup(target, methods):
     unpadded = {"autoregressive", "auto", "prompt-lookup"}
     for name, method in methods.items():
-        assert method.width == (None if name in unpadded else target.width)
+        assert method.passes == ({} if name in unpadded else target.passes)
 
 
 def test_plain_decoding_comes_first_and_no_method_comes_twice(target):

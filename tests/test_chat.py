@@ -84,7 +84,7 @@ def test_each_answer_is_that_of_one_text_after_the_same_messages(model, tokenize
 
 def test_in_passes_of_one_shape_too(model, tokenizer):
     width = width_for(model, 5)
-    conversation = new_conversation(model, tokenizer, Clasp(model, 1), width=width)
+    conversation = new_conversation(model, tokenizer, Clasp(model, 1), passes={"width": width})
     for message in MESSAGES:
         expected = one_shot(model, tokenizer, [*conversation.messages, message], width=width)
         say(conversation, message)

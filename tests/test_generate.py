@@ -142,7 +142,7 @@ def test_exactness_is_a_choice_that_json_reports(capsys, monkeypatch, folder, fl
         return decode(*args, width=width, **settings)
 
     monkeypatch.setattr(generate, "decode", recorded)
-    monkeypatch.setattr(generate, "exact_width", lambda model, rows: rows + 1)
+    monkeypatch.setattr(generate, "exact_passes", lambda model, rows: {"width": rows + 1})
     out = answer(capsys, "--model", folder, "--draft-length", "4", *flags)
     assert widths == [6 if is_exact else None]
     assert out["exact"] is is_exact
@@ -161,7 +161,7 @@ def test_plain_decoding_is_not_called_exact(capsys, folder):
     (["--exact", "--method", "autoregressive"], False),
 ], ids=str)
 def test_where_no_width_is_exact_this_is_said(capsys, monkeypatch, folder, flags, said):
-    monkeypatch.setattr(generate, "exact_width", lambda model, rows: None)
+    monkeypatch.setattr(generate, "exact_passes", lambda model, rows: {})
     assert main([*SHORT, "--model", folder, "--json", *flags]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["exact"] is False

@@ -22,7 +22,7 @@ from bench.experiments import ROWS, window_cosines
 from bench.prompts import HELD_OUT
 from bench.steps import timed
 from dp_skip import distances, relative_distances, select_layers, select_layers_plain
-from extras.exact import exact_width, narrowest
+from extras.exact import exact_passes
 from model import KVCache
 from speculative import as_row, autoregressive, clasp, optimize, prefill, require, require_readable
 
@@ -39,9 +39,9 @@ def equal(setup: Setup):
     layers = len(model.layers)
     count = setup.args.max_new_tokens
     k = setup.draft_length
-    width = exact_width(model, k + 1)
-    require(width is not None, "no number of rows is exact on this machine")
-    passes = {"width": width, "narrowest": narrowest(model, width)}
+    passes = exact_passes(model, k + 1)
+    require(passes, "no number of rows is exact on this machine")
+    width = passes["width"]
     prompts = several_lengths(setup)
     runs = parted = parted_one_row = bits = numbers = 0
     for i, prompt in enumerate(prompts):
