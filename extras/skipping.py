@@ -144,7 +144,7 @@ class Skipping(Drafter):
         return self.stopping.rejections.chance(budget, self.distance[budget])
 
     def draft_time(self, budget: int) -> float:
-        return self.costs.time("draft") * self.costs.share(budget / self.layers)
+        return self.costs.draft_time(budget / self.layers)
 
     # ------------------------------------------------------------------ the DP
 
@@ -220,7 +220,7 @@ class Settled(Drafter):
     def __init__(self, model: Llama, clasp: Clasp, costs: Costs):
         self.clasp = clasp
         self.costs = costs
-        self.share = costs.share(clasp.budget / len(model.layers))
+        self.skipped = clasp.budget / len(model.layers)  # the share of layers
         self.stopping = Stopping(1 - RIGHT)
         self.gain = Ratio()                              # tokens, by plain steps' time for them
 
@@ -241,7 +241,7 @@ class Settled(Drafter):
 
     @property
     def draft_time(self) -> float:
-        return self.costs.time("draft") * self.share
+        return self.costs.draft_time(self.skipped)
 
     def propose(self, text: Text, most: int) -> Draft:
         if self.clasp.skip is None:                      # no states were known to choose it by
@@ -255,7 +255,8 @@ class Settled(Drafter):
     def observe(self, text: Text, outcome: Outcome):
         drafted = len(outcome.draft.tokens)
         if drafted and outcome.draft.source == "layers":
-            self.costs.note("draft", outcome.seconds["draft"] / drafted, self.share)
+            share = self.costs.share(self.skipped)
+            self.costs.note("draft", outcome.seconds["draft"] / drafted, share)
             self.stopping.learn(outcome.accepted)
             seconds = drafted * self.draft_time + self.costs.pass_times(drafted)[drafted]
             self.gain.note(outcome.accepted + 1, seconds / self.costs.plain)

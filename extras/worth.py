@@ -99,6 +99,10 @@ class Costs:
         """Of a plain step's time: a draft token's, with this share of all layers skipped."""
         return self.head_share + (1 - self.head_share) * (1 - skipped)
 
+    def draft_time(self, skipped: float) -> float:
+        """Of a token drafted with this share of all layers skipped."""
+        return self.time("draft") * self.share(skipped)
+
     def note(self, kind: str | int, seconds: float, share: float = 1.0):
         """kind: "draft", "optimize", or the rows of a pass. share: of its full price.
 

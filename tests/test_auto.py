@@ -326,10 +326,10 @@ def drafter_of(folder, *argv):
 def test_who_drafts_can_be_asked_for(silent_folder):
     layers = drafter_of(silent_folder, "--drafter", "layers")
     assert isinstance(layers.drafter, Clasp) and layers.drafter.budget == 3
-    assert layers.width == layers.drafter.draft_length + 1
+    assert layers.passes["width"] == layers.drafter.draft_length + 1
     lookup = drafter_of(silent_folder, "--drafter", "lookup")
     assert isinstance(lookup.drafter, Lookup) and lookup.drafter.draft_length == MOST
-    assert lookup.width is None
+    assert not lookup.is_exact
     short = drafter_of(silent_folder, "--drafter", "lookup", "--draft-length", "3")
     assert short.drafter.draft_length == 3
 
@@ -339,8 +339,9 @@ def test_exactness_costs_no_more_rows_than_layers_draft(silent_folder):
     for argv in ((), ("--draft-length", "64")):
         for drafter in ("auto", "lookup"):
             decoder = drafter_of(silent_folder, "--drafter", drafter, "--exact", *argv)
-            assert 5 <= decoder.width < 13
-    assert drafter_of(silent_folder, "--skip-layers", "2", "--draft-length", "20").width >= 21
+            assert 5 <= decoder.passes["width"] < 13
+    long = drafter_of(silent_folder, "--skip-layers", "2", "--draft-length", "20")
+    assert long.passes["width"] >= 21
 
 
 def test_a_seed_gives_a_sample_again(capsys, silent_folder):
