@@ -5,6 +5,7 @@
     tokenizer.json               text to token ids and back                     Tokenizer
     tokenizer_config.json        special tokens, the chat template              Tokenizer
     special_tokens_map.json      special tokens that are not named there        Tokenizer
+    added_tokens.json            tokens that tokenizer.json lacks, in old ones  Tokenizer
     chat_template.jinja          the template, in a file of its own             Tokenizer
     generation_config.json       stop tokens; settings for CLaSp that suit it   stop_tokens, ...
 
@@ -36,6 +37,7 @@ FILES = [                     # what is downloaded of a repository
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "model.safetensors",
     "model.safetensors.index.json",
@@ -458,6 +460,7 @@ def refuse_impossible_sizes(folder: Path, config: Config, files: list[Path]):
 # ---------------------------------------------------------------------------- text
 
 BROKEN = "\ufffd"             # what a decoder writes for bytes that are not (yet) a character
+TOKEN_FLAGS = ("special", "normalized", "single_word", "lstrip", "rstrip")
 TEMPLATE_SECONDS = 5          # a chat template that takes longer never ends
 
 
@@ -476,13 +479,25 @@ class Tokenizer:
                              f"({error})") from None
         self.library.no_truncation()                   # some files carry training's settings
         self.library.no_padding()
-        added = self.library.get_added_tokens_decoder()
-        self.special_ids = {i for i, token in added.items() if token.special}
         self.folder = folder
         self.config = read_json(folder / "tokenizer_config.json")
         beside = read_json(folder / "special_tokens_map.json")         # of older folders
         self.special = special_tokens(beside) | special_tokens(self.config)
+        self.add_tokens([*self.special.values(), *more_special(beside | self.config)])
+        added = self.library.get_added_tokens_decoder()
+        self.special_ids = {i for i, token in added.items() if token.special}
         self.stop = stop_tokens(folder)
+
+    def add_tokens(self, special: list[str]):
+        """Add what the folder's other files add to tokenizer.json. New tokens take the next ids."""
+        known = {token.content for token in self.library.get_added_tokens_decoder().values()}
+        for i, token in sorted(tokens_beside(self.folder).items()):
+            if token.content not in known:
+                self.library.add_tokens([token])
+            if self.library.token_to_id(token.content) != i:
+                raise ModelError(f"{self.folder}: token {i} is not {token.content!r} by "
+                                 "tokenizer.json, but by the files beside it")
+        self.library.add_special_tokens([text for text in special if text not in known])
 
     def encode(self, prompt: str | list[str], chat: bool = False) -> list[int]:
         """Token ids of a text, or of a conversation's turns.
@@ -641,6 +656,32 @@ def special_tokens(config: dict) -> dict[str, str]:
         if token:
             special[name] = str(token.get("content") if isinstance(token, dict) else token)
     return special
+
+
+def more_special(config: dict) -> list[str]:
+    """Special tokens that have no name of their own."""
+    tokens = config.get("additional_special_tokens") or []
+    if not isinstance(tokens, list):
+        raise ModelError("tokenizer_config.json: additional_special_tokens is not a list")
+    return [str(token.get("content") if isinstance(token, dict) else token) for token in tokens]
+
+
+def tokens_beside(folder: Path) -> dict:
+    """The tokens that files beside tokenizer.json list: tokenizers.AddedToken by id."""
+    from tokenizers import AddedToken
+    file = folder / "tokenizer_config.json"
+    named = read_json(file).get("added_tokens_decoder")
+    if named is None:
+        file = folder / "added_tokens.json"
+        named = {i: {"content": text, "normalized": False} for text, i in read_json(file).items()}
+    try:
+        return {
+            int(i): AddedToken(token["content"],
+                               **{flag: token[flag] for flag in TOKEN_FLAGS if flag in token})
+            for i, token in named.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{file}: no table of added tokens ({error})") from None
 
 
 def stop_tokens(folder: Path) -> set[int]:

@@ -148,9 +148,8 @@ def make_table(target: Target, args, questions: list[Question]) -> str:
     methods = new_methods(args.methods, target, args.seed)
     results = Results(args.out, header_of(target, args, questions))
     if "swift" in methods:                                 # take its search up where it was
-        for line in results.values():
-            if "search" in line:
-                methods["swift"].drafter.search.resume(line["search"])
+        scores = max((line.get("scores", []) for line in results.values()), key=len)
+        methods["swift"].drafter.search.resume(scores)
     prompts = ask(target, questions, args.max_new_tokens, results)
     plan = Plan(args.max_new_tokens, args.repeat, tuple(args.temperatures), args.seed)
     lines = interleave(target, methods, prompts, plan, results)

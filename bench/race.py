@@ -159,5 +159,5 @@ def new_line(key: tuple, prompt: Prompt, method: Method, stats: Stats, wall: flo
     }
     line |= {name: getattr(stats, name) for name in KEPT}
     if isinstance(method.drafter, Swift):
-        line["search"] = method.drafter.search.progress
+        line["scores"] = method.drafter.search.scores[:]
     return line

@@ -40,7 +40,7 @@ class Search:
         self.left = trials
         self.best = random.Random(seed).sample(self.layers, self.budget)
         self.score = -1.0                                # of the best
-        self.scores = []                                 # of all, in the order in which they came
+        self.scores = []                                 # of all, in order: see ``resume``
         sampler = optuna.samplers.TPESampler(
             n_startup_trials=trials // 3, multivariate=True, seed=seed % OPTUNAS_SEEDS)
         self.study = optuna.create_study(direction="maximize", sampler=sampler)
@@ -53,11 +53,25 @@ class Search:
         texts: token ids, all of one length. The score is the share of the ``scored`` last tokens of
         each that the model without these layers predicts.
         """
+        trial, skip = self.ask()
+        self.tell(trial, skip, self.share_predicted(skip, texts, scored))
+
+    def resume(self, scores: list[float]):
+        """Go through the trials of a stopped run again, without the model.
+
+        The sampler then knows what it knew, and goes on to the same sets.
+        """
+        for score in scores:
+            self.tell(*self.ask(), score)
+
+    def ask(self) -> tuple:
+        """What the sampler tries next, as its trial and as a set."""
         trial = self.study.ask()
         values = [trial.suggest_float(f"layer {i}", 0, 1) for i in self.layers]
         by_value = sorted(self.layers, key=values.__getitem__)
-        skip = by_value[len(self.layers) - self.budget:]
-        score = self.share_predicted(skip, texts, scored)
+        return trial, by_value[len(self.layers) - self.budget:]
+
+    def tell(self, trial, skip: list[int], score: float):
         self.study.tell(trial, score)
         self.scores.append(score)
         if score > self.score:
@@ -70,14 +84,6 @@ class Search:
         states = self.model(tokens[:, :-1], skip=skip)
         predicted = self.model.logits(states[-1][:, -scored:]).argmax(-1)
         return (predicted == tokens[:, -scored:]).float().mean().item()
-
-    @property
-    def progress(self) -> list:
-        """What a stopped run needs to go on from; see ``resume``."""
-        return [self.best, self.score, self.left]
-
-    def resume(self, progress: list):
-        self.best, self.score, self.left = progress
 
 
 def self_sd(target: Target, seed: int, trials: int | None = None) -> Search:

@@ -468,6 +468,24 @@ def test_settings_of_training_do_not_cut_a_text(text_folder):
     assert Tokenizer(text_folder).encode("a king and a queen " * 20) == whole
 
 
+@pytest.mark.parametrize("file, content", [
+    ("tokenizer_config.json",
+     lambda i: {"added_tokens_decoder": {str(i): {"content": "<|tool|>", "special": True}}}),
+    ("tokenizer_config.json", lambda i: {"additional_special_tokens": ["<|tool|>"]}),
+    ("special_tokens_map.json", lambda i: {"pad_token": {"content": "<|tool|>"}}),
+    ("added_tokens.json", lambda i: {"<|tool|>": i}),
+], ids=["by id", "more", "by name", "of an older folder"])
+def test_tokens_may_be_added_beside_tokenizer_json(text_folder, file, content):
+    """Else one in a prompt would be read as ordinary text, in pieces."""
+    before = Tokenizer(text_folder)
+    end = before.library.get_vocab_size()
+    set_fields(text_folder, file, **content(end))
+    tokenizer = Tokenizer(text_folder)
+    assert tokenizer.encode("king<|tool|>queen").count(end) == 1
+    assert tokenizer.encode("a king") == before.encode("a king")
+    assert (end in tokenizer.special_ids) == (file != "added_tokens.json")
+
+
 @pytest.mark.parametrize("add_begin, begins", [(None, 1), (True, 1), (False, 0)])
 def test_begin_of_text_comes_once_or_as_the_files_say(text_folder, add_begin, begins):
     if add_begin is not None:

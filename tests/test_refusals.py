@@ -243,6 +243,14 @@ DAMAGE = {
     "a tokenizer without a token for unknown words": (few_words, "cannot encode the text"),
     "tokenizer_config.json is nested deeply": (
         content("tokenizer_config.json", DEEP), "not readable as JSON"),
+    "a token of another id than tokenizer.json's": (
+        content("added_tokens.json", b'{"<|tool|>": 7}'), "token 7 is not"),
+    "added tokens that are no table": (
+        content("tokenizer_config.json", b'{"added_tokens_decoder": [3]}'), "no table of added"),
+    "special tokens that are no list": (
+        content("tokenizer_config.json", b'{"additional_special_tokens": "<|a|>"}'), "not a list"),
+    "an added token without text": (
+        content("tokenizer_config.json", b'{"added_tokens_decoder": {"3": {}}}'), "no table of"),
     "eos_token_id is no id": (
         content("generation_config.json", b'{"eos_token_id": [[1]]}'), "eos_token_id"),
     "half a draft length": (
