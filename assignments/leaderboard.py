@@ -73,6 +73,10 @@ def require_entry(entry):
     if unknown:
         raise EntryError(f"SETTINGS in entry.py are some of {', '.join(SETTINGS)}: got "
                          f"{', '.join(map(str, unknown))}")
+    for name, value in entry.SETTINGS.items():
+        is_half = name == "skip_layers" and value is None
+        if not (is_half or isinstance(value, (int, float))):
+            raise EntryError(f"SETTINGS in entry.py are numbers: got {value!r} for {name}")
 
 
 def plain_decoding(model, prompt: list[int]):

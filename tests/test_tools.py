@@ -66,6 +66,8 @@ def test_auto_is_studied(what, options, shown):
 @pytest.mark.parametrize("argv, word", [
     ([".", "--rounds", "1"], "at least 2"),
     (["/no", "--rounds", "2", "--", "--max-new-tokens", "8"], "/no"),
+    ([".", "--rounds", "2", "--", "--method", "autoregressive", "--max-new-tokens", "2"],
+     "nothing to compare"),
     ([], "required"),
 ])
 def test_checkouts_are_raced_with_what_stands_after_two_dashes(argv, word):

@@ -32,11 +32,12 @@ def speeds(checkout: Path, options: list[str]) -> dict[str, float]:
     require(done.returncode == 0, f"{checkout}: {last_line}")
     try:
         answer = json.loads(done.stdout)
+        require(answer["method"] == "clasp", "--method autoregressive leaves nothing to compare")
         return {
             DRAFTED: answer["stats"]["tokens_per_second"],
             PLAIN: answer["autoregressive"]["tokens_per_second"],
         }
-    except (ValueError, KeyError):
+    except (json.JSONDecodeError, KeyError):
         raise SettingsError(
             f"{checkout}: with these options nothing is compared: {' '.join(options)}") from None
 

@@ -85,7 +85,8 @@ def run_draft(tokens, skip, most: int, *, threshold=None, choose=None, **setting
     equal(text.tokens, tokens,
           "A draft is proposed, not written: text.tokens stays", f"{example}, text.tokens after")
     return SimpleNamespace(
-        tokens=draft.tokens, q=draft.distributions, passes=text.model.passes, asked=asked,
+        tokens=draft.tokens, q=draft.distributions, source=draft.source,
+        passes=text.model.passes, asked=asked,
         example=example)
 
 
@@ -111,6 +112,8 @@ def drafts():
         equal(ran.tokens, expected_draft(tokens, skip, most),
               "Each drafted token is the draft model's choice after the pending token and those "
               "drafted before it", f"{ran.example}, tokens")
+        equal(ran.source, "layers",
+              "The source of such a draft is \"layers\"", f"{ran.example}, source")
 
     marks = iter(torch.tensor([[1.0], [2.0], [3.0]]))
 

@@ -31,13 +31,16 @@ def draft_by_skipping(text, skip, most, go_on=None):
         if int(drawn) in text.stop or not sure:
             break
         fed = int(drawn)
-    return speculative.Draft(drafted, marks)
+    return speculative.Draft(drafted, marks, "layers")
 
 
 draft_by_skipping.mistake(
     "the token below the threshold dropped",
     ("        drafted.append(int(drawn))\n        marks.append(q)\n", ""),
     ("        fed =", "        drafted.append(int(drawn))\n        marks.append(q)\n        fed ="))
+draft_by_skipping.mistake(
+    "its source not said",
+    (", \"layers\")", ")"))
 draft_by_skipping.mistake(
     "confidence of the token drawn",
     ("chances.max()", "chances[drawn]"))
@@ -96,7 +99,7 @@ draft_by_skipping.mistake(
      "speculative.pick(logits, text.temperature, text.top_p, torch.Generator())"))
 draft_by_skipping.mistake(
     "no distributions",
-    ("Draft(drafted, marks)", "Draft(drafted, [None] * len(drafted))"))
+    ("Draft(drafted, marks", "Draft(drafted, [None] * len(drafted)"))
 
 
 @solves("speculative.checked_draft")
