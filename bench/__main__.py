@@ -71,10 +71,13 @@ def add_output_arguments(parser: Parser):
     add = parser.add_argument
     add("--out", type=Path, default="bench.jsonl", metavar="FILE",
         help="results, one a line; the table goes beside it as .md and .csv; default: %(default)s")
-    add("--speed", type=Path, metavar="FILE",
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--speed", type=Path, metavar="FILE",
         help="time the steps instead (plain, verify, draft, DP; transformers), into this Markdown "
              "file")
-    add("--figures", type=Path, metavar="FOLDER",
+    instead.add_argument(
+        "--figures", type=Path, metavar="FOLDER",
         help="draw the figures into this folder instead of the table")
 
 

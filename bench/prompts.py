@@ -41,7 +41,7 @@ def read_questions(path: Path | None = None, limit: int | None = None) -> list[Q
         by_group.setdefault(question.group, []).append(question)
     chosen = []
     for members in by_group.values():
-        step = max(1, len(members) // limit)              # evenly over the group
+        step = max(1, len(members) // limit)              # every so many-th of the group
         chosen += members[::step][:limit]
     return chosen
 

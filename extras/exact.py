@@ -23,7 +23,7 @@ from extras.parallel import all_agree
 from model import BLOCK, KVCache, Llama, rope_table
 from speculative import full_pass, prefill
 
-# What was found, by model and then by (what, rows, slots in a block, threads).
+# What was found, by model and then by (what, rows, slots in a block, threads, kind of product).
 KNOWN = weakref.WeakKeyDictionary()
 LONG = (1024, 4096)           # slots from which on attention has another form (attention.py)
 VECTOR = 8                    # numbers that a kernel takes at once
@@ -75,7 +75,8 @@ def narrowest(model: Llama, width: int) -> int:
 def remembered(model: Llama, what: str, rows: int, find: Callable):
     """What was found before for this model, on so many threads; else what is found now."""
     known = KNOWN.setdefault(model, {})
-    key = (what, rows, BLOCK, torch.get_num_threads())
+    product = model.embed.weight.dtype, type(model.layers[0].down)       # it may be packed since
+    key = (what, rows, BLOCK, torch.get_num_threads(), product)
     if key not in known:
         known[key] = find()
     return known[key]

@@ -246,6 +246,8 @@ def test_a_width_is_looked_for_once(monkeypatch):
 
     monkeypatch.setattr("extras.exact.is_even", fail)
     assert exact_width(model, 5) == width
+    with pytest.raises(AssertionError, match="asked again"):               # by other kernels
+        exact_width(model.to(torch.bfloat16), 5)
 
 
 def roundly(monkeypatch, uneven_rows: set[int]):

@@ -39,7 +39,9 @@ def new_parser(description: str, choices: list[str]) -> Parser:
     parser = Parser(description=description)
     parser.add_argument("what", choices=choices)
     add_model_arguments(parser)
-    parser.add_argument("--prompts", type=int, default=20, help="default: %(default)s")
+    parser.add_argument("--prompts", type=int, default=20, metavar="N",
+                        help="as many as there are, at most (a sweep: of each group); default: "
+                             "%(default)s")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="default: %(default)s")
     return parser
 
