@@ -484,20 +484,27 @@ class Tokenizer:
         beside = read_json(folder / "special_tokens_map.json")         # of older folders
         self.special = special_tokens(beside) | special_tokens(self.config)
         self.add_tokens([*self.special.values(), *more_special(beside | self.config)])
-        added = self.library.get_added_tokens_decoder()
-        self.special_ids = {i for i, token in added.items() if token.special}
+        self.special_ids = {i for i, token in self.added.items() if token.special}
         self.stop = stop_tokens(folder)
 
     def add_tokens(self, special: list[str]):
-        """Add what the folder's other files add to tokenizer.json. New tokens take the next ids."""
-        known = {token.content for token in self.library.get_added_tokens_decoder().values()}
-        for i, token in sorted(tokens_beside(self.folder).items()):
-            if token.content not in known:
-                self.library.add_tokens([token])
+        """Add tokens as the other files have them, and make ``special`` ones special.
+
+        Those that tokenizer.json lacks take the next ids.
+        """
+        known = {token.content: token for token in self.added.values()}
+        for i, token in sorted(tokens_beside(self.folder, known).items()):
+            self.library.add_tokens([token])
             if self.library.token_to_id(token.content) != i:
                 raise ModelError(f"{self.folder}: token {i} is not {token.content!r} by "
                                  "tokenizer.json, but by the files beside it")
-        self.library.add_special_tokens([text for text in special if text not in known])
+        are_special = {token.content for token in self.added.values() if token.special}
+        self.library.add_special_tokens([text for text in special if text not in are_special])
+
+    @property
+    def added(self) -> dict:
+        """By id: what is found in a text before all else, as special tokens are."""
+        return self.library.get_added_tokens_decoder()
 
     def encode(self, prompt: str | list[str], chat: bool = False) -> list[int]:
         """Token ids of a text, or of a conversation's turns.
@@ -659,22 +666,29 @@ def special_tokens(config: dict) -> dict[str, str]:
 
 
 def more_special(config: dict) -> list[str]:
-    """Special tokens that have no name of their own."""
-    tokens = config.get("additional_special_tokens") or []
-    if not isinstance(tokens, list):
-        raise ModelError("tokenizer_config.json: additional_special_tokens is not a list")
+    """Special tokens that have no name of their own, or one that no LLaMA needs."""
+    tokens = [config[name] for name in ("sep_token", "cls_token", "mask_token") if config.get(name)]
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(name) or []
+        if not isinstance(more, (list, dict)):
+            raise ModelError(f"tokenizer_config.json: {name} is not a list")
+        tokens += more.values() if isinstance(more, dict) else more
     return [str(token.get("content") if isinstance(token, dict) else token) for token in tokens]
 
 
-def tokens_beside(folder: Path) -> dict:
-    """The tokens that files beside tokenizer.json list: tokenizers.AddedToken by id."""
+def tokens_beside(folder: Path, known: dict) -> dict:
+    """The tokens that files beside tokenizer.json list, by id: each a tokenizers.AddedToken.
+
+    An older folder's file says no more than their texts and ids. known: tokenizer.json's, by text.
+    """
     from tokenizers import AddedToken
     file = folder / "tokenizer_config.json"
     named = read_json(file).get("added_tokens_decoder")
-    if named is None:
-        file = folder / "added_tokens.json"
-        named = {i: {"content": text, "normalized": False} for text, i in read_json(file).items()}
     try:
+        if named is None:
+            file = folder / "added_tokens.json"
+            return {i: known.get(text) or AddedToken(text, normalized=False)
+                    for text, i in read_json(file).items()}
         return {
             int(i): AddedToken(token["content"],
                                **{flag: token[flag] for flag in TOKEN_FLAGS if flag in token})

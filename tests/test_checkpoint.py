@@ -1,4 +1,5 @@
 """checkpoint.py: no model is loaded that would come out wrong, and text goes in and out whole."""
+import json
 import shutil
 import subprocess
 import sys
@@ -484,6 +485,26 @@ def test_tokens_may_be_added_beside_tokenizer_json(text_folder, file, content):
     assert tokenizer.encode("king<|tool|>queen").count(end) == 1
     assert tokenizer.encode("a king") == before.encode("a king")
     assert (end in tokenizer.special_ids) == (file != "added_tokens.json")
+
+
+@pytest.mark.parametrize("described", [False, True])
+def test_what_a_file_beside_says_is_special_is_not_printed(text_folder, described):
+    """Also where tokenizer.json has it as an ordinary added token, as fine-tunes may."""
+    path = text_folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = False
+    path.write_text(json.dumps(content))
+    end = content["added_tokens"][-1]
+    if described:
+        set_fields(text_folder, "tokenizer_config.json", eos_token=None, added_tokens_decoder={
+            str(end["id"]): {"content": end["content"], "special": True}})
+    else:
+        set_fields(text_folder, "tokenizer_config.json", eos_token=end["content"])
+    tokenizer = Tokenizer(text_folder)
+    tokens = [*plain_ids(tokenizer, "the end"), end["id"]]
+    assert tokenizer.decode(tokens) == "the end"
+    assert "".join(tokenizer.stream([0], iter(tokens))) == "the end"
 
 
 @pytest.mark.parametrize("add_begin, begins", [(None, 1), (True, 1), (False, 0)])

@@ -241,7 +241,8 @@ document.querySelectorAll(".strip").forEach((strip, r) => {
 })
 for (const key of ["ArrowUp", "ArrowLeft", "ArrowDown", "ArrowRight", "x"])
   $("table").dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}))
-for (const id of ["a", "c", "k", "zoom"]) { $(id).value = $(id).max; $(id).oninput() }
+seen.cost = !$("cost").hidden
+for (const id of seen.cost ? ["a", "c", "k", "zoom"] : ["zoom"]) { $(id).value = $(id).max; $(id).oninput() }
 seen.overflow = document.documentElement.scrollWidth - innerWidth
 document.body.replaceChildren(Object.assign(document.createElement("pre"),
   {id: "seen", textContent: JSON.stringify(seen)}))
@@ -279,6 +280,7 @@ def test_the_page_shows_the_whole_run_without_an_error(tmp_path, capsys, flags, 
     assert seen["atFirst"] == 0
     assert seen["atLast"] == found["pieces"]
     assert seen["ids"] == found["ids"]
+    assert seen["cost"] == ("--compare" in flags)        # else no plain step was timed
     assert seen["paths"] == [",".join(map(str, run["skip"])) for run in found["dp"]]
     assert seen["overflow"] <= 0
 
