@@ -242,7 +242,10 @@ document.querySelectorAll(".strip").forEach((strip, r) => {
 for (const key of ["ArrowUp", "ArrowLeft", "ArrowDown", "ArrowRight", "x"])
   $("table").dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}))
 seen.cost = !$("cost").hidden
-for (const id of seen.cost ? ["a", "c", "k", "zoom"] : ["zoom"]) { $(id).value = $(id).max; $(id).oninput() }
+for (const id of seen.cost ? ["a", "c", "k", "zoom"] : ["zoom"]) {
+  $(id).value = $(id).max
+  $(id).oninput()
+}
 seen.overflow = document.documentElement.scrollWidth - innerWidth
 document.body.replaceChildren(Object.assign(document.createElement("pre"),
   {id: "seen", textContent: JSON.stringify(seen)}))
