@@ -87,7 +87,7 @@ def test_every_method_decodes_as_it_is_measured(target, methods, prompt, name):
     assert stats.new_tokens == 60
     assert 0 < stats.seconds <= wall                      # its own seconds lie within those outside
     stats, _ = run(target, methods[name], prompt, 30, temperature=1.0)
-    assert stats.new_tokens == 30
+    assert stats.new_tokens == 30 or stats.tokens[-1] in target.stop
 
 
 @pytest.mark.parametrize("name", NAMES)
