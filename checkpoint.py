@@ -493,7 +493,7 @@ class Tokenizer:
         Those that tokenizer.json lacks take the next ids.
         """
         known = {token.content: token for token in self.added.values()}
-        for i, token in sorted(tokens_beside(self.folder, known).items()):
+        for i, token in sorted(tokens_beside(self.folder, self.config, known).items()):
             self.library.add_tokens([token])
             if self.library.token_to_id(token.content) != i:
                 raise ModelError(f"{self.folder}: token {i} is not {token.content!r} by "
@@ -661,7 +661,7 @@ def special_tokens(config: dict) -> dict[str, str]:
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         token = config.get(name)
         if token:
-            special[name] = str(token.get("content") if isinstance(token, dict) else token)
+            special[name] = written(token)
     return special
 
 
@@ -673,17 +673,23 @@ def more_special(config: dict) -> list[str]:
         if not isinstance(more, (list, dict)):
             raise ModelError(f"tokenizer_config.json: {name} is not a list")
         tokens += more.values() if isinstance(more, dict) else more
-    return [str(token.get("content") if isinstance(token, dict) else token) for token in tokens]
+    return [written(token) for token in tokens]
 
 
-def tokens_beside(folder: Path, known: dict) -> dict:
+def written(token: str | dict) -> str:
+    """A token's text: files have it as a string, or in an object."""
+    return str(token.get("content") if isinstance(token, dict) else token)
+
+
+def tokens_beside(folder: Path, config: dict, known: dict) -> dict:
     """The tokens that files beside tokenizer.json list, by id: each a tokenizers.AddedToken.
 
-    An older folder's file says no more than their texts and ids. known: tokenizer.json's, by text.
+    An older folder's file says no more than their texts and ids. config: tokenizer_config.json's.
+    known: tokenizer.json's, by text.
     """
     from tokenizers import AddedToken
     file = folder / "tokenizer_config.json"
-    named = read_json(file).get("added_tokens_decoder")
+    named = config.get("added_tokens_decoder")
     try:
         if named is None:
             file = folder / "added_tokens.json"
