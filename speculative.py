@@ -332,7 +332,7 @@ def new_text(
     end = len(prompt) + max_new_tokens
     cache = cache or KVCache(model, end, max(width or 1, scratch))
     require_room(cache, prompt, end, width or 1)
-    rng = torch.Generator(model.device).manual_seed(seed)
+    rng = torch.Generator(model.device).manual_seed(int(seed))
     text = Text(model, cache, list(prompt), end, width, temperature, top_p, rng, stop, stats,
                 narrowest)
     with text.timed("prefill"):
@@ -695,6 +695,8 @@ def require_possible(
     stats: Stats,
 ):
     require(len(prompt) >= 1, "the prompt is empty")
+    require(all(isinstance(token, int) for token in prompt),
+            "the prompt must be token ids, a list of integers")
     require(max_new_tokens >= 1, "the number of new tokens must be at least 1")
     require_readable(model.config, prompt, max_new_tokens)
     require_sampling(temperature, top_p, seed)

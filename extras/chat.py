@@ -18,6 +18,7 @@ from speculative import Drafter, SettingsError, Stats, autoregressive, decode
 
 HELP = "/new starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help says this"
 SIGN = "> "                   # asks for a message
+BYTE_ORDER_MARK = "\ufeff"    # files of some editors begin with it
 
 
 class ContextFullError(SettingsError):
@@ -144,7 +145,7 @@ def read_message(on_terminal: bool) -> str:
     if not on_terminal:
         line = sys.stdin.readline()
         require_text(line)
-        return line.strip() if line else "/quit"
+        return line.removeprefix(BYTE_ORDER_MARK).strip() if line else "/quit"
     try:
         line = input(SIGN)
         require_text(line)

@@ -229,7 +229,7 @@ def chat(folder, messages: list[str], *argv: str) -> subprocess.CompletedProcess
 
 
 def test_lines_of_a_file_are_messages_and_the_answers_are_lines(folder, model, tokenizer):
-    done = chat(folder, ["Tell me.", "", "/new", "/help", "Tell me."])
+    done = chat(folder, ["\ufeffTell me.", "", "/new", "/help", "Tell me."])
     assert done.returncode == 0
     expected = tokenizer.decode(one_shot(model, tokenizer, ["Tell me."]))
     assert done.stdout == 2 * (expected + "\n")
