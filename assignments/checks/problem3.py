@@ -340,7 +340,7 @@ def tie():
 @check(2, "Layer calls and refusals")
 def calls():
     from dp_skip import select_layers_plain
-    for layers, budget in ((2, 1), (3, 2)):
+    for layers, budget in ((2, 0), (2, 1), (3, 2)):
         layer, states = toy(layers, 0)
         counted = Counted(layer)
         with doubles():

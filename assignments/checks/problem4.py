@@ -55,7 +55,7 @@ def calls():
 def smallest():
     from dp_skip import select_layers
     for layers, budget, least in (
-        (2, 1, 1), (3, 2, 1), (3, 2, 2), (6, 4, 4), (6, 4, 2), (4, 4, 4),
+        (2, 0, 0), (2, 1, 1), (3, 2, 1), (3, 2, 2), (6, 4, 4), (6, 4, 2), (4, 4, 4),
     ):
         example = named(layers, budget, rest=f", smallest = {least}")
         layer, states = toy(layers, 0)

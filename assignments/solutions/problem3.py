@@ -136,5 +136,8 @@ select_layers_plain.mistake(
     "no set for m = 0",
     ("Selection(sets,", "Selection(sets[1:],"))
 select_layers_plain.mistake(
+    "no budget of 0",
+    ("    column = {0", "    assert budget\n    column = {0"))
+select_layers_plain.mistake(
     "cosines with h_0",
     ("cosines(finals, states[-1])", "cosines(finals, states[0])"))

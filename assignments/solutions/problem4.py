@@ -59,6 +59,9 @@ select_layers.mistake(
     "skipping does not raise j",
     ("before[j - 1]", "before[j]"))
 select_layers.mistake(
+    "no budget of 0",
+    ("    choice = {}\n", "    assert budget\n    choice = {}\n"))
+select_layers.mistake(
     "smallest ignored but for the lists",
     ("smallest - layers + i <= j <= budget", "j <= budget"))
 
