@@ -39,9 +39,9 @@ FILES = [                     # what is downloaded of a repository
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "model.safetensors",
     "model.safetensors.index.json",
-    "model-*.safetensors",
+    "model*.safetensors",
+    "*-of-*.safetensors",
 ]
 
 
@@ -118,8 +118,7 @@ LLAMA3_SCALING = [
 ]
 
 
-# Of RoPE's fields, those that may stand in config.json itself.
-BESIDE_ROPE = ["original_max_position_embeddings", "partial_rotary_factor"]
+ORIGINAL_LENGTH = "original_max_position_embeddings"     # may stand in config.json itself, too
 
 
 def read_config(folder: Path) -> Config:
@@ -133,8 +132,8 @@ def read_config(folder: Path) -> Config:
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(rope, dict):
         raise ModelError(f"{path}: the RoPE fields are no object")
-    beside = {name: raw[name] for name in BESIDE_ROPE if name in raw}
-    rope = rope | beside                                 # they win, as in transformers
+    if ORIGINAL_LENGTH in raw:                           # it wins, as in transformers
+        rope = rope | {ORIGINAL_LENGTH: raw[ORIGINAL_LENGTH]}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     refuse_other_architectures(path, raw, rope, rope_type)
     try:
@@ -169,13 +168,14 @@ def refuse_other_architectures(path: Path, raw: dict, rope: dict, rope_type: str
     """Raise ModelError for what is not a plain LLaMA."""
     model_type = raw.get("model_type")
     activation = raw.get("hidden_act", "silu")
+    rotated = [fields.get("partial_rotary_factor", 1) for fields in (raw, rope)]
     checks = [
         (model_type == "llama", f"model_type {model_type!r}, not 'llama'"),
         (not raw.get("attention_bias"), "attention biases"),
         (not raw.get("mlp_bias"), "MLP biases"),
         (raw.get("is_causal") is not False, "attention that sees later tokens (is_causal false)"),
         (activation == "silu", f"activation {activation!r}, not 'silu'"),
-        (rope.get("partial_rotary_factor", 1) == 1, "rotating only a part of each head"),
+        (rotated == [1, 1], "rotating only a part of each head"),
         (not raw.get("quantization_config"), "quantised weights"),
         (rope_type in ("default", "llama3"), f"rope_type {rope_type!r}, not 'default' or 'llama3'"),
     ]
@@ -383,14 +383,14 @@ def weight_files(folder: Path) -> list[Path]:
 @contextmanager
 def opened(path: Path):
     """A file of tensors, memory-mapped. Raises ModelError if it cannot be read."""
-    if path.exists() and not path.is_file():
-        raise ModelError(f"{path} is not a file")
     try:
+        if path.exists() and not path.is_file():
+            raise ModelError(f"{path} is not a file")
         with safe_open(path, framework="pt") as tensors:
             yield tensors
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:      # ValueError: NUL in a name
         raise ModelError(f"{path}: damaged or truncated ({error})") from None
 
 
@@ -487,7 +487,7 @@ class Tokenizer:
         self.special_ids = {i for i, token in self.added.items() if token.special}
         self.stop = stop_tokens(folder)
 
-    def add_tokens(self, special: list[str]):
+    def add_tokens(self, special: list[str | dict]):
         """Add tokens as the other files have them, and make ``special`` ones special.
 
         Those that tokenizer.json lacks take the next ids.
@@ -499,7 +499,13 @@ class Tokenizer:
                 raise ModelError(f"{self.folder}: token {i} is not {token.content!r} by "
                                  "tokenizer.json, but by the files beside it")
         are_special = {token.content for token in self.added.values() if token.special}
-        self.library.add_special_tokens([text for text in special if text not in are_special])
+        try:
+            tokens = [added_token(token, special=True) for token in special]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"{self.folder / 'tokenizer_config.json'}: a special token that is no "
+                             f"text ({error})") from None
+        self.library.add_special_tokens(
+            [token for token in tokens if token.content not in are_special])
 
     @property
     def added(self) -> dict:
@@ -509,12 +515,13 @@ class Tokenizer:
     def encode(self, prompt: str | list[str], chat: bool = False) -> list[int]:
         """Token ids of a text, or of a conversation's turns.
 
-        Begin-of-text comes from the chat template, or as the tokenizer's files say.
+        Begin-of-text comes from the chat template; else as add_bos_token in tokenizer_config.json
+        says; and where that says nothing, as tokenizer.json does.
         """
         turns = [prompt] if isinstance(prompt, str) else prompt
         if chat:
             return self.ids_of(self.render(turns), False)
-        add_begin = self.config.get("add_bos_token")   # unset: tokenizer.json's own rule holds
+        add_begin = self.config.get("add_bos_token")
         ids = self.ids_of(" ".join(turns), add_begin is not False)
         begin = self.library.token_to_id(self.special.get("bos_token", ""))
         if add_begin and begin is not None and ids[:1] != [begin]:
@@ -665,7 +672,7 @@ def special_tokens(config: dict) -> dict[str, str]:
     return special
 
 
-def more_special(config: dict) -> list[str]:
+def more_special(config: dict) -> list[str | dict]:
     """Special tokens that have no name of their own, or one that no LLaMA needs."""
     tokens = [config[name] for name in ("sep_token", "cls_token", "mask_token") if config.get(name)]
     for name in ("additional_special_tokens", "extra_special_tokens"):
@@ -673,12 +680,21 @@ def more_special(config: dict) -> list[str]:
         if not isinstance(more, (list, dict)):
             raise ModelError(f"tokenizer_config.json: {name} is not a list")
         tokens += more.values() if isinstance(more, dict) else more
-    return [written(token) for token in tokens]
+    return tokens
 
 
 def written(token: str | dict) -> str:
-    """A token's text: files have it as a string, or in an object."""
+    """A token's text: files have it as a string, or in an object, beside its flags."""
     return str(token.get("content") if isinstance(token, dict) else token)
+
+
+def added_token(token: str | dict, **flags: bool):
+    """The same as a tokenizers.AddedToken. ``flags`` are set whatever the object says."""
+    from tokenizers import AddedToken
+    if isinstance(token, str):
+        return AddedToken(token, **flags)
+    given = {flag: token[flag] for flag in TOKEN_FLAGS if flag in token}
+    return AddedToken(token["content"], **given | flags)
 
 
 def tokens_beside(folder: Path, config: dict, known: dict) -> dict:
@@ -687,19 +703,14 @@ def tokens_beside(folder: Path, config: dict, known: dict) -> dict:
     An older folder's file says no more than their texts and ids. config: tokenizer_config.json's.
     known: tokenizer.json's, by text.
     """
-    from tokenizers import AddedToken
     file = folder / "tokenizer_config.json"
     named = config.get("added_tokens_decoder")
     try:
         if named is None:
             file = folder / "added_tokens.json"
-            return {i: known.get(text) or AddedToken(text, normalized=False)
+            return {int(i): known.get(text) or added_token(text, normalized=False)
                     for text, i in read_json(file).items()}
-        return {
-            int(i): AddedToken(token["content"],
-                               **{flag: token[flag] for flag in TOKEN_FLAGS if flag in token})
-            for i, token in named.items()
-        }
+        return {int(i): added_token(token) for i, token in named.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{file}: no table of added tokens ({error})") from None
 

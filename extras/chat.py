@@ -13,16 +13,19 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from model import KVCache, Llama
-from speculative import Drafter, SettingsError, Stats, autoregressive, decode
+from model import KVCache, Llama, ModelError
+from speculative import Drafter, SettingsError, Stats, autoregressive, decode, require_readable
 
 HELP = "/new starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help says this"
 SIGN = "> "                   # asks for a message
 BYTE_ORDER_MARK = "\ufeff"    # files of some editors begin with it
 
 
-class ContextFullError(SettingsError):
-    """There is no room for an answer. The conversation is as it was."""
+class UnanswerableError(SettingsError):
+    """A message that there is no answer to, for one reason or another, as that the context is full.
+
+    The conversation is as it was.
+    """
 
 
 class Conversation:
@@ -60,10 +63,15 @@ class Conversation:
     def answer(self, message: str) -> Iterator[str]:
         """The answer in pieces. If the caller stops early, what was said so far is kept.
 
-        Raises ContextFullError if the context has no room for an answer.
+        Raises UnanswerableError if the context has no room for an answer, the template refuses the
+        message, or it has tokens that the model does not know.
         """
-        prompt = self.tokenizer.encode([*self.messages, message], chat=True)
-        count = self.room_after(prompt)
+        try:
+            prompt = self.tokenizer.encode([*self.messages, message], chat=True)
+            count = self.room_after(prompt)
+            require_readable(self.model.config, prompt)
+        except (ModelError, SettingsError) as error:
+            raise UnanswerableError(str(error)) from None
         self.make_room(len(prompt) + count)
         shared = common_prefix(self.known, prompt[:-1])
         self.known = prompt[:shared]                     # more, once it is computed
@@ -91,7 +99,7 @@ class Conversation:
         context = self.model.config.max_position_embeddings
         left = context - len(prompt)
         if left < 1:
-            raise ContextFullError(
+            raise SettingsError(
                 f"no room for an answer: with this message the conversation has {len(prompt)} "
                 f"tokens, and the model's context {context}; /new starts over, a shorter message "
                 "may fit")
@@ -179,7 +187,7 @@ def take_turn(
                     print(piece, end="", flush=True)
     except KeyboardInterrupt:
         interrupted = True
-    except ContextFullError as error:
+    except UnanswerableError as error:
         say(str(error))
         if as_json:
             print(json.dumps({"message": message, "error": str(error)}), flush=True)

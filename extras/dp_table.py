@@ -20,7 +20,7 @@ class DPRun:
     new_tokens: int                   # that there were
     length: int                       # of the cache
     hidden: Tensor                    # (L+1, T, hidden size)
-    skip: frozenset[int]              # what the drafter made of it
+    chose: int                        # its set's number in ``Stats.skip_sets``
     smallest: int                     # it was for the budgets from this
     budget: int                       # to this
     measure: Measure
@@ -37,7 +37,7 @@ def dp_record(text: Text, run: DPRun) -> dict:
     return {
         "cycle": run.cycle,
         "new_tokens": run.new_tokens,
-        "skip": sorted(run.skip),
+        "skip": sorted(text.stats.skip_sets[run.chose][1]),
         "budget": run.budget,
         "tokens": run.hidden.shape[1],
         "by_cosine": run.measure is distances,

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from dp_skip import Measure, distances, relative_distances
 from extras.dp_table import DPRun, dp_record, rounded
-from speculative import Draft, Drafter, Outcome, Text, as_row, clock, distribution
+from extras.skipping import Skipping
+from speculative import Clasp, Draft, Drafter, Outcome, Text, as_row, clock, distribution
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACES = ("LOOK_OF_THE_PAGE", "RECORD_OF_THE_RUN")     # in the template, once each
@@ -39,6 +40,7 @@ class Cycle:
     q: list[float]                    # of each draft token; [] when greedy
     ends: list[float]                 # seconds from the draft's begin until each token was there
     rng: Tensor | None                # the generator's state before the check
+    sets: int                         # how many sets had been chosen, in ``Stats.skip_sets``
     seconds: dict[str, float] | None = None            # see ``Outcome``; None: not yet checked
 
 
@@ -78,7 +80,8 @@ class Traced(Drafter):
         state = text.rng.get_state() if drawn and draft.tokens else None
         kept = draft._replace(distributions=[])        # they would fill the memory
         ends = [time - begin for time in self.times]
-        self.cycles.append(Cycle(len(text.tokens), kept, q, ends, state))
+        sets = len(text.stats.skip_sets)
+        self.cycles.append(Cycle(len(text.tokens), kept, q, ends, state, sets))
         return draft
 
     def observe(self, text: Text, outcome: Outcome):
@@ -88,22 +91,23 @@ class Traced(Drafter):
 
     def note_dp(self, hidden: Tensor | None):
         """Note the DP if the drafter has just run it."""
-        if hidden is None:
+        if hidden is None or self.dp_drafter is None:
             return
         text = self.text
         self.recent.append(hidden)
         if text.stats.optimizations > len(self.dp_runs):
             tokens, *call = self.dp_call(text)
             states = torch.cat(tuple(self.recent), 1)[:, -tokens:].clone()
-            skip = text.stats.skip_sets[-1][1]
+            chose = len(text.stats.skip_sets) - 1
             self.dp_runs.append(DPRun(
-                len(self.cycles), text.stats.new_tokens, text.cache.length, states, skip, *call))
+                len(self.cycles), text.stats.new_tokens, text.cache.length, states, chose, *call))
 
     @property
-    def dp_drafter(self) -> Drafter:
-        """Who runs the DP: in Auto the part that skips layers, which may be CLaSp."""
+    def dp_drafter(self) -> Clasp | Skipping | None:
+        """Who runs the DP, if anyone: in Auto the part that skips layers, which may be CLaSp."""
         drafter = getattr(self.drafter, "skipping", self.drafter)
-        return getattr(drafter, "clasp", drafter)
+        drafter = getattr(drafter, "clasp", drafter)
+        return drafter if isinstance(drafter, Clasp | Skipping) else None
 
     def dp_call(self, text: Text) -> tuple[int, int, int, Measure]:
         """How the drafter called the DP: tokens T, smallest budget, largest budget, measure."""
@@ -142,9 +146,25 @@ def record(traced: Traced, tokenizer, plain: list[float], about: str) -> dict:
         "ids": new,
         "pieces": pieces(tokenizer, prompt, new),
         "cycles": written,
+        "sets": sets_record(text, cycles, dp_runs),
         "dp": tables,
         "plain": rounded(plain),
     }
+
+
+def sets_record(text: Text, cycles: list[Cycle], dp_runs: list[DPRun]) -> list[dict]:
+    """The sets of layers to skip, and for each the number of the DP's run that it is from.
+
+    A run may find sets of several sizes, and the drafter go from one to another without a new one.
+    """
+    return [
+        {
+            "new_tokens": new_tokens,
+            "skip": sorted(skip),
+            "run": sum(run.chose <= i for run in dp_runs) - 1,         # -1: of none on record
+        }
+        for i, (new_tokens, skip) in enumerate(text.stats.skip_sets[:cycles[-1].sets])
+    ]
 
 
 def cycle_record(cycle: Cycle, text: Text, tokenizer) -> dict:
@@ -157,6 +177,7 @@ def cycle_record(cycle: Cycle, text: Text, tokenizer) -> dict:
         "count": min(accepted + 1, len(sources)),
         "accepted": accepted,
         "source": cycle.draft.source,
+        "set": cycle.sets - 1,                         # by which layers draft; -1: no such set
         "draft": cycle.draft.tokens,
         "draft_pieces": pieces(tokenizer, context, cycle.draft.tokens),
         "ends": rounded(cycle.ends),

@@ -4,6 +4,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,12 @@ from contextlib import closing
 import pytest
 import torch
 from conftest import DEVICE, ROOT, feed, valid, width_for
-from folders import small_folder
+from folders import set_fields, small_folder
 
 import speculative
 from checkpoint import Tokenizer, load_model
 from extras.auto import Auto
-from extras.chat import ContextFullError, Conversation, common_prefix
+from extras.chat import Conversation, UnanswerableError, common_prefix
 from extras.lookup import Lookup
 from extras.worth import SHAPE
 from model import KVCache
@@ -200,7 +201,7 @@ def test_where_the_context_is_full_it_says_so_and_nothing_is_lost(tokenizer, mod
         before = list(conversation.messages)
         try:
             say(conversation, MESSAGES[0])
-        except ContextFullError as error:
+        except UnanswerableError as error:
             assert "/new starts over" in str(error)
             break
     assert len(before) > 4
@@ -208,6 +209,27 @@ def test_where_the_context_is_full_it_says_so_and_nothing_is_lost(tokenizer, mod
     conversation.start_over()
     say(conversation, MESSAGES[0])
     assert conversation.stats.tokens == one_shot(model, tokenizer, MESSAGES[:1], 100)
+
+
+ONE_TURN = "{% if messages[1:] %}{{ raise_exception('one turn only') }}{% endif %}Hello"
+
+
+@pytest.mark.parametrize("template, messages, word", [
+    (ONE_TURN, ["Hi", "Hi", "/new", "Hi"], "one turn only"),
+    (TEMPLATE, ["Hi", "[PAD]", "Hi"], "tokens outside the model's vocabulary"),
+])
+def test_after_a_message_that_cannot_be_answered_the_talk_goes_on(
+    folder, tmp_path, template, messages, word
+):
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "chat_template.jinja").write_text(template)
+    set_fields(other, "tokenizer_config.json", pad_token="[PAD]")      # with the next id
+    done = chat(other, messages, "--json")
+    assert done.returncode == 0
+    first, refused, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert "text" in first
+    assert word in refused["error"]
+    assert "text" in last
 
 
 def test_the_last_answer_takes_what_room_there_is(tokenizer, model):

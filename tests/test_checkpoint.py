@@ -85,7 +85,11 @@ def test_a_repo_is_downloaded_only_if_its_config_can_be_used(monkeypatch, tmp_pa
     assert asked == [["config.json"]]
     shutil.copy(GOLDEN / "config.json", tmp_path)
     assert find_folder("someone/something") == tmp_path
-    assert len(asked) == 3 and "model.safetensors" in asked[-1]
+    assert len(asked) == 3
+    for file in ("model.safetensors", "model-00001-of-00002.safetensors",
+                 "model.safetensors-00001-of-00002.safetensors", "part-00001-of-00002.safetensors"):
+        assert any(fnmatch(file, pattern) for pattern in asked[-1])
+    assert not any(fnmatch("consolidated.safetensors", pattern) for pattern in asked[-1])
 
 
 @pytest.mark.thorough

@@ -41,14 +41,22 @@ OUTER_NAMES = {
 
 # ---------------------------------------------------------------------------- writing GGUF
 
-def write_gguf(path: Path, model: Path, architecture="llama", extra=None, heads=None, **tokenizer):
+def write_gguf(
+    path: Path,
+    model: Path,
+    architecture="llama",
+    extra=None,
+    heads=None,
+    endianess=gguf.GGUFEndian.LITTLE,
+    **tokenizer,
+):
     """A golden model as GGUF, with a byte-level tokenizer of 61 letters.
 
     extra(writer): adds what the model does not have. heads: said in place of its own, or a list of
     those of each layer. tokenizer: see add_tokenizer.
     """
     config = json.loads((model / "config.json").read_text())
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, architecture, endianess=endianess)
     add_config(writer, config, heads)
     add_tokenizer(writer, **tokenizer)
     for name, weight in load_file(model / "model.safetensors").items():
@@ -273,15 +281,47 @@ def no_heads(path: Path):
     write_gguf(path, GOLDEN / "gqa-untied", heads=0)
 
 
+def half_a_head(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", extra=lambda writer: writer.add_float32(
+        "llama.attention.head_count", 4.5))
+
+
+def an_end_of_turns_that_is_text(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", extra=lambda writer: writer.add_string(
+        "tokenizer.ggml.eot_token_id", "A"))
+
+
 def too_few_divisors(path: Path):
     def extra(writer):
         writer.add_tensor("rope_freqs.weight", torch.ones(3).numpy())
     write_gguf(path, GOLDEN / "gqa-untied", extra=extra)
 
 
+def a_part(path: Path):
+    def extra(writer):
+        writer.add_uint16("split.no", 0)
+        writer.add_uint16("split.count", 2)
+    write_gguf(path, GOLDEN / "gqa-untied", extra=extra)
+
+
+def fewer_layers_than_it_says(path: Path):
+    def extra(writer):
+        writer.add_block_count(4)
+    write_gguf(path, GOLDEN / "gqa-untied", extra=extra)
+
+
+def big_endian(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", endianess=gguf.GGUFEndian.BIG)
+
+
 @pytest.mark.parametrize("make, word", [
-    (heads_of_each_layer, "head_count is not a number above 0"),
-    (no_heads, "head_count is not a number above 0"),
+    (a_part, "part 1 of a model in 2 files"),
+    (fewer_layers_than_it_says, "no weights for model.layers.3."),
+    (big_endian, "byte order"),
+    (heads_of_each_layer, "head_count is not a whole number above 0"),
+    (no_heads, "head_count is not a whole number above 0"),
+    (half_a_head, "head_count is not a whole number above 0"),
+    (an_end_of_turns_that_is_text, "tokenizer is damaged"),
     (too_few_divisors, "is not LLaMA 3.1's"),
     (an_unnamed_scaling, "unsupported RoPE scaling 'linear'"),
     (a_scaling_of_2023, "unsupported RoPE scaling 'linear'"),

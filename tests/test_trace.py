@@ -13,11 +13,13 @@ import pytest
 import torch
 from conftest import IN_ASCII, ROOT, random_model, tokens_of
 
+import extras.skipping
 import generate
 from checkpoint import BUNDLED, Tokenizer
 from extras.auto import Auto
 from extras.trace import Traced, page, record
-from speculative import Clasp, SettingsError, Stats, decode
+from extras.worth import SHAPE
+from speculative import Clasp, Drafter, SettingsError, Stats, decode, draft_by_skipping
 
 CHROMIUM = shutil.which("chromium")
 PROMPT = "Once upon a time there was a king"
@@ -57,10 +59,10 @@ def drafters(model):
 NAMES = ["the paper's", "several tokens", "auto", "auto with settings"]
 
 
-def path(run: dict) -> list[int]:
-    """The layers left out by a recorded table, for the budget that was used."""
+def path(run: dict, budget: int) -> list[int]:
+    """The layers left out by a recorded table, for a budget."""
     skip = []
-    j = len(run["skip"])
+    j = budget
     for i in range(len(run["table"]), 0, -1):
         if j == i or (j > 0 and not run["table"][i - 1][j - 1][0]):
             skip.append(i - 1)
@@ -105,10 +107,46 @@ def test_the_path_through_the_recorded_table_is_the_skip_set(bundled, tokenizer,
     assert len(found["dp"]) >= 1
     chosen = [set(skip) for _, skip in stats.skip_sets]
     for run in found["dp"]:
-        assert path(run) == run["skip"]
+        assert path(run, len(run["skip"])) == run["skip"]
         assert set(run["skip"]) in chosen
     if name != "auto":                                 # which also changes its set between runs
         assert [set(run["skip"]) for run in found["dp"]] == chosen[:len(found["dp"])]
+
+
+def test_each_draft_is_shown_with_the_layers_that_it_left_out(bundled, tokenizer, monkeypatch):
+    """Auto goes from one set to another without a run of the DP."""
+    used = []
+
+    def noted(text, skip, *rest):
+        used.append(sorted(skip))
+        return draft_by_skipping(text, skip, *rest)
+
+    monkeypatch.setattr(extras.skipping, "draft_by_skipping", noted)
+    auto = Auto(bundled, costs=SHAPE | {"verify": 1.0, "optimize": 0.5})
+    auto.skipping.hopeful = True                       # so that it runs the DP at once
+    _, _, found = recorded(bundled, tokenizer, auto, temperature=0.8, seed=7)
+    by_layers = [cycle for cycle in found["cycles"] if cycle["source"] == "layers"]
+    assert [found["sets"][cycle["set"]]["skip"] for cycle in by_layers] == used
+    assert len(found["sets"]) > len(found["dp"]) > 0
+    for shown in found["sets"]:
+        assert path(found["dp"][shown["run"]], len(shown["skip"])) == shown["skip"]
+
+
+class Handing(Drafter):
+    """Hands all on to CLaSp, which nobody from outside sees."""
+    scratch = 12
+
+    def __init__(self, model):
+        clasp = Clasp(model, 12, opt_tokens=1)
+        self.begin, self.propose, self.observe = clasp.begin, clasp.propose, clasp.observe
+
+
+def test_a_drafter_of_ones_own_is_traced_without_tables(bundled, tokenizer):
+    _, stats, found = recorded(bundled, tokenizer, Handing(bundled))
+    assert stats.optimizations > 0
+    assert [set(chosen["skip"]) for chosen in found["sets"]] == [s for _, s in stats.skip_sets]
+    assert found["dp"] == []
+    assert found["cycles"][-1]["set"] == len(found["sets"]) - 1
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])
@@ -221,7 +259,7 @@ def test_a_pipe_is_no_page(tmp_path, capsys):
 # Steps through the page as a reader would, and writes down what is to be seen.
 DRIVER = """
 <script>
-const seen = {errors: [], ids: [], paths: []}
+const seen = {errors: [], ids: [], paths: [], lit: [], drafted: []}
 window.onerror = (message) => seen.errors.push(message)
 const press = (key) => document.body.dispatchEvent(
   new KeyboardEvent("keydown", {key, bubbles: true}))
@@ -236,6 +274,10 @@ for (const token of tokens)
   seen.ids.push(Number(token.title.match(/id (\\d+)/)[1]))
 document.querySelectorAll(".strip").forEach((strip, r) => {
   strip.click()
+  strip.onmouseenter()
+  seen.lit.push(document.querySelectorAll("#text .lit").length)
+  seen.drafted.push(sum(R.cycles.map((cycle) =>
+    cycle.source === "layers" && cycle.set === r ? cycle.accepted : 0)))
   seen.paths.push($("table").firstChild.dataset.skip)
   for (const b of [0, 1, Number($("budget").max)]) { $("budget").value = b; $("budget").oninput() }
 })
@@ -284,7 +326,8 @@ def test_the_page_shows_the_whole_run_without_an_error(tmp_path, capsys, flags, 
     assert seen["atLast"] == found["pieces"]
     assert seen["ids"] == found["ids"]
     assert seen["cost"] == ("--compare" in flags)        # else no plain step was timed
-    assert seen["paths"] == [",".join(map(str, run["skip"])) for run in found["dp"]]
+    assert seen["paths"] == [",".join(map(str, chosen["skip"])) for chosen in found["sets"]]
+    assert seen["lit"] == seen["drafted"]                # each draft by its own set
     assert seen["overflow"] <= 0
 
 

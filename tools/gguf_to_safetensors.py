@@ -32,10 +32,12 @@ from tokenizers import (
     processors,
 )
 
+from checkpoint import read_headers
 from generate import Parser
-from model import Config, inverse_frequencies
+from model import Config, ModelError, inverse_frequencies
 
 SHARD_BYTES = 4 << 30         # of a file of weights, at most
+NATIVE = "I"                  # the gguf package's name for this machine's byte order
 
 
 def refuse(message: str) -> NoReturn:
@@ -57,33 +59,46 @@ SCALING = {
 }
 
 
-def number(field: Field, name: str, *default) -> int | float:
-    """A field that is one number above 0. Some models have one for each layer: no plain LLaMA's."""
+def size(field: Field, name: str, *default) -> int:
+    """A field that is one whole number above 0. Some models have one for each layer: no LLaMA."""
     value = field(name, *default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        refuse(f"{name} is not a number above 0")
+    if type(value) is not int or value < 1:            # True is an int too
+        refuse(f"{name} is not a whole number above 0")
     return value
+
+
+def require_whole(field: Field, byte_order: str):
+    """Refuse what is not a LLaMA in this machine's byte order, or only a part of one."""
+    architecture = field("general.architecture")
+    if architecture != "llama":
+        refuse(f"the architecture is {architecture!r}, not 'llama'")
+    if byte_order != NATIVE:
+        refuse("its numbers have another byte order than this machine's")
+    count = field("split.count", 1)
+    if count > 1:
+        refuse(f"this is part {field('split.no', 0) + 1} of a model in {count} files: join them "
+               "first, as with llama-gguf-split --merge")
 
 
 def read_config(field: Field, tensors: dict) -> dict:
     """config.json from the metadata."""
     if "token_embd.weight" not in tensors:
         refuse("there are no weights in this file")
-    heads = number(field, "llama.attention.head_count")
-    dim = number(field, "llama.embedding_length")
+    heads = size(field, "llama.attention.head_count")
+    dim = size(field, "llama.embedding_length")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "hidden_size": dim,
-        "intermediate_size": number(field, "llama.feed_forward_length"),
-        "num_hidden_layers": number(field, "llama.block_count"),
+        "intermediate_size": size(field, "llama.feed_forward_length"),
+        "num_hidden_layers": size(field, "llama.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": number(field, "llama.attention.head_count_kv", heads),
-        "head_dim": number(field, "llama.attention.key_length", dim // heads),
-        "max_position_embeddings": number(field, "llama.context_length"),
-        "rms_norm_eps": number(field, "llama.attention.layer_norm_rms_epsilon"),
-        "rope_theta": number(field, "llama.rope.freq_base", 10000.0),
+        "num_key_value_heads": size(field, "llama.attention.head_count_kv", heads),
+        "head_dim": size(field, "llama.attention.key_length", dim // heads),
+        "max_position_embeddings": size(field, "llama.context_length"),
+        "rms_norm_eps": field("llama.attention.layer_norm_rms_epsilon"),
+        "rope_theta": field("llama.rope.freq_base", 10000.0),
         "rope_scaling": None,
         "vocab_size": int(tensors["token_embd.weight"].shape[1]),
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -124,7 +139,8 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CONTROL = 3                   # types of tokens in GGUF
+UNKNOWN = 2                   # types of tokens in GGUF
+CONTROL = 3
 USER_DEFINED = 4
 
 
@@ -155,7 +171,7 @@ def read_tokenizer(field: Field) -> Tokenizer:
     else:
         refuse(f"unsupported tokenizer {kind!r}")
     types = field("tokenizer.ggml.token_type")
-    tokenizer.add_special_tokens(added_tokens(tokens, types, CONTROL))
+    tokenizer.add_special_tokens(added_tokens(tokens, types, UNKNOWN, CONTROL))
     tokenizer.add_tokens(added_tokens(tokens, types, USER_DEFINED))
     if adds_begin(field):
         number = field("tokenizer.ggml.bos_token_id")
@@ -210,11 +226,11 @@ def implied_merges(tokens: list[str], scores: list[float]) -> list[tuple[str, st
     return [pair for _, pair in merges]
 
 
-def added_tokens(tokens: list[str], types: list[int], wanted: int) -> list[AddedToken]:
+def added_tokens(tokens: list[str], types: list[int], *wanted: int) -> list[AddedToken]:
     return [
-        AddedToken(token, special=wanted == CONTROL, normalized=False)
+        AddedToken(token, special=found != USER_DEFINED, normalized=False)
         for token, found in zip(tokens, types)
-        if found == wanted
+        if found in wanted
     ]
 
 
@@ -373,6 +389,14 @@ def build_folder(out: Path, fill: Callable):
         shutil.rmtree(building, ignore_errors=True)
 
 
+def require_loadable(folder: Path):
+    """Refuse what generate.py would, as a file without some of the weights."""
+    try:
+        read_headers(folder)
+    except ModelError as error:
+        refuse(f"what it holds is no LLaMA: {error}".replace(str(folder), "the folder made of it"))
+
+
 def open_reader(gguf, path: Path):
     try:
         return gguf.GGUFReader(path)
@@ -398,21 +422,20 @@ def main():
             refuse(f"{args.gguf} has no field {name}")
         return default[0]
 
-    architecture = field("general.architecture")
-    if architecture != "llama":
-        refuse(f"the architecture is {architecture!r}, not 'llama'")
+    require_whole(field, reader.byte_order)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = read_config(field, tensors) | {"dtype": args.dtype}
     try:
         tokenizer = read_tokenizer(field)
         its_config = tokenizer_config(field, config)
+        ends = generation_config(field)
     except Exception as error:                         # the library raises bare Exception
         reason = " ".join(str(error).split())          # one line
         refuse(f"{args.gguf}: its tokenizer is damaged ({reason})")
     names = {name: hugging_face_name(name) for name in tensors if name != "rope_freqs.weight"}
     json_files = {
         "config.json": config,
-        "generation_config.json": generation_config(field),
+        "generation_config.json": ends,
         "tokenizer_config.json": its_config,
     }
     dtype = getattr(torch, args.dtype)
@@ -425,6 +448,7 @@ def main():
         for file, value in json_files.items():
             write_json(folder / file, value)
         tokenizer.save(str(folder / "tokenizer.json"))
+        require_loadable(folder)
 
     try:
         build_folder(args.out, fill)

@@ -8,7 +8,6 @@ thousand tokens cannot tell 0.5 % from 1, so the change has its standard error, 
 models are in memory at once.
 """
 import sys
-from math import exp
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -23,7 +22,13 @@ from checkpoint import BUNDLED, Tokenizer, find_folder, load_model, read_config
 from extras.packed import pack
 from generate import Parser, choose_device, form_of_weights
 from model import KVCache, Llama
-from speculative import SettingsError, require, require_readable
+from speculative import (
+    SettingsError,
+    refuse_overflow,
+    require,
+    require_finite,
+    require_readable,
+)
 
 TOKENS = 256
 
@@ -60,11 +65,17 @@ class Difference(NamedTuple):
 
 @torch.inference_mode()
 def logits_of(model: Llama, piece: list[int]) -> Tensor:
-    """(TOKENS, vocabulary), float32, as decoding computes them: a few rows at a time."""
+    """(TOKENS, vocabulary), float32, as decoding computes them: a few rows at a time.
+
+    Raises ModelError if they are not finite, or keys and values too large for the dtype.
+    """
     cache = KVCache(model, TOKENS)
     rows = torch.tensor([piece], device=model.device)
-    steps = [model.logits(model(few, cache)[-1])[0].float().cpu() for few in rows.split(8, 1)]
-    return torch.cat(steps)
+    steps = [model.logits(model(few, cache)[-1])[0] for few in rows.split(8, 1)]
+    logits = torch.cat(steps)
+    require_finite(logits)
+    refuse_overflow(cache.has_overflowed(0, cache.length), logits.dtype)
+    return logits.float().cpu()
 
 
 def difference(plain: Tensor, eight: Tensor, piece: list[int]) -> Difference:
@@ -73,6 +84,11 @@ def difference(plain: Tensor, eight: Tensor, piece: list[int]) -> Difference:
     agree = (eight.argmax(-1) == plain.argmax(-1)).double().mean()
     return Difference(before, after, (eight - plain).abs().max().item(), plain.abs().max().item(),
                       agree.item())
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss); infinity past the largest float."""
+    return torch.tensor(loss, dtype=torch.float64).exp().item()
 
 
 def run():
@@ -92,8 +108,9 @@ def run():
     uncertain = stdev(d.after - d.before for d in found) / len(found) ** 0.5
     largest = max(d.largest for d in found) / max(d.size for d in found)
     print(f"{folder.resolve().name}, {args.dtype}, {len(pieces)} pieces of {TOKENS} tokens:")
-    print(f"perplexity {exp(before):.3f}; in int8 {exp(after):.3f} "
-          f"({100 * (exp(after - before) - 1):+.2f} %, standard error {100 * uncertain:.2f})")
+    print(f"perplexity {perplexity(before):.3f}; in int8 {perplexity(after):.3f} "
+          f"({100 * (perplexity(after - before) - 1):+.2f} %, standard error "
+          f"{100 * uncertain:.2f})")
     print(f"logits: largest difference {100 * largest:.1f} % of the largest logit; the likeliest "
           f"token is the same at {100 * fmean(d.agree for d in found):.1f} % of places")
 
