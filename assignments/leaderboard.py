@@ -25,11 +25,10 @@ from child import explain, private_channel
 from taken import parsed
 
 import speculative
-from checkpoint import BUNDLED, load_model
+from checkpoint import BUNDLED, SUGGESTIBLE, load_model
 
 TOKENS = 64                   # of each text
 ROUNDS = 3                    # that are timed, after one that warms up
-SETTINGS = ("skip_layers", "draft_length", "exit_threshold", "opt_interval", "opt_tokens")
 
 
 class EntryError(Exception):
@@ -69,14 +68,16 @@ def require_entry(entry):
     if not isinstance(entry.SETTINGS, dict):
         kind = type(entry.SETTINGS).__name__
         raise EntryError(f"SETTINGS in entry.py are a dict, as they were handed out: got a {kind}")
-    unknown = sorted(entry.SETTINGS.keys() - set(SETTINGS), key=str)
+    unknown = sorted(entry.SETTINGS.keys() - SUGGESTIBLE.keys(), key=str)
     if unknown:
-        raise EntryError(f"SETTINGS in entry.py are some of {', '.join(SETTINGS)}: got "
+        raise EntryError(f"SETTINGS in entry.py are some of {', '.join(SUGGESTIBLE)}: got "
                          f"{', '.join(map(str, unknown))}")
     for name, value in entry.SETTINGS.items():
         is_half = name == "skip_layers" and value is None
-        if not (is_half or isinstance(value, (int, float))):
-            raise EntryError(f"SETTINGS in entry.py are numbers: got {value!r} for {name}")
+        is_number = isinstance(value, SUGGESTIBLE[name]) and not isinstance(value, bool)
+        if not (is_half or is_number):
+            raise EntryError("SETTINGS in entry.py are numbers, whole ones but for exit_threshold: "
+                             f"got {value!r} for {name}")
 
 
 def plain_decoding(model, prompt: list[int]):

@@ -21,7 +21,7 @@ import torch
 
 from bench import figures, steps
 from bench.experiments import ACCEPTANCE_PROMPTS
-from bench.methods import NAMES, new_methods
+from bench.methods import NAMES, new_methods, require_known
 from bench.prompts import Question, held_out, read_questions
 from bench.race import Plan, ask, interleave
 from bench.results import Results, header_of
@@ -92,6 +92,7 @@ def numbers(text: str) -> list[float]:
 
 def require_sensible(args: argparse.Namespace):
     require(args.repeat >= 1, "--repeat must be at least 1")
+    require_known(args.methods)
     for temperature in args.temperatures:
         require_sampling(temperature, seed=args.seed)
     for package in packages_needed(args):
@@ -148,8 +149,8 @@ def command(argv: list[str], model: str | None) -> str:
 # ---------------------------------------------------------------------------- what is made
 
 def make_table(target: Target, args, questions: list[Question]) -> str:
-    methods = new_methods(args.methods, target, args.seed)
     results = Results(args.out, header_of(target, args, questions))
+    methods = new_methods(args.methods, target, args.seed)
     if "swift" in methods:                                 # take its search up where it was
         scores = max((line.get("scores", []) for line in results.values()), key=len)
         methods["swift"].drafter.search.resume(scores)

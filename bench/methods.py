@@ -117,10 +117,12 @@ NAMES = (
 )
 
 
+def require_known(names: list[str]):
+    unknown = sorted(set(names) - set(NAMES))
+    require(not unknown, f"unknown methods {', '.join(unknown)}: choose from {', '.join(NAMES)}")
+
+
 def new_methods(names: list[str], target: Target, seed: int) -> dict[str, Method]:
     """The methods of these names, and plain decoding first."""
-    unknown = sorted(set(names) - set(NAMES))
-    require(not unknown,
-            f"unknown methods {', '.join(unknown)}: choose from {', '.join(NAMES)}")
     wanted = dict.fromkeys([PLAIN, *names])               # each once, in this order
     return {name: new_method(name, target, seed) for name in wanted}

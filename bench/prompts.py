@@ -64,6 +64,8 @@ def read_spec_bench(path: Path) -> list[Question]:
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
+                if line.isspace():
+                    continue
                 entry = json.loads(line)
                 name = f"{entry['question_id']}, line {number}"
                 group = GROUPS.get(entry["category"], "chat")

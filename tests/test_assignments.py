@@ -1090,7 +1090,8 @@ def test_the_leaderboard_counts_by_itself(short_leaderboard):
 @pytest.mark.parametrize("text, said", [
     ("DRAFTER = None\nSETTINGS = {'top_p': 1}", "SETTINGS in entry.py are some of"),
     ("DRAFTER = None\nSETTINGS = {'skip_layers': 99}", "entry.py: the skipped layers must be"),
-    ("DRAFTER = None\nSETTINGS = {'skip_layers': '16'}", "SETTINGS in entry.py are numbers: got"),
+    ("DRAFTER = None\nSETTINGS = {'skip_layers': '16'}", "SETTINGS in entry.py are numbers"),
+    ("DRAFTER = None\nSETTINGS = {'skip_layers': 16.0}", "whole ones but for exit_threshold"),
     ("raise SystemExit", "sys.exit, at entry.py, line 1"),
     ("1 / 0", "ZeroDivisionError: division by zero, at entry.py, line 1"),
     ("import os; os._exit(0)", "nothing measured"),

@@ -281,7 +281,7 @@ def key_of(line: str) -> str:
     return str(json.loads(line)["key"])
 
 
-def test_results_of_another_run_are_refused_and_kept(tmp_path, capsys):
+def test_results_of_another_run_are_refused_and_kept(tmp_path, capsys, monkeypatch):
     out = tmp_path / "run.jsonl"
     argv = [*TINY, "--repeat", "1", "--methods", "even", "--temperatures", "0", "--out", str(out)]
     assert program.main(argv) == 0
@@ -292,6 +292,7 @@ def test_results_of_another_run_are_refused_and_kept(tmp_path, capsys):
     assert out.read_text() == before
 
     out.write_text("a shopping list\nmilk")
+    monkeypatch.setattr(program, "new_methods", None)    # no search comes before that
     assert program.main(argv) == 2
     assert "another run" in capsys.readouterr().err
     assert out.read_text() == "a shopping list\nmilk"
@@ -385,7 +386,8 @@ def test_spec_bench_questions_are_grouped_and_limited(tmp_path):
         {"question_id": i, "category": category, "turns": ["one", "two\u2028lines"]}
         for i, category in enumerate(["writing", "math", "rag"] * 10)
     ]
-    path.write_text("\n".join(json.dumps(question, ensure_ascii=False) for question in questions))
+    lines = [json.dumps(question, ensure_ascii=False) + "\n" for question in questions]
+    path.write_text("".join(lines) + "\n")
     found = read_questions(path, limit=4)
     groups = [question.group for question in found]
     assert groups.count("chat") == 4

@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from threading import Event
 
@@ -128,7 +129,7 @@ def folder(tmp_path) -> Path:
     ({"rope_parameters": "linear"}, "RoPE"),
     ({"partial_rotary_factor": 0.5}, "part of each head"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "part of each"),
-    ({"partial_rotary_factor": 0.5}, "a part"),
+    ({"partial_rotary_factor": 1.0, "rope_scaling": {"partial_rotary_factor": 0.5}}, "a part"),
     ({"vocab_size": None}, "vocab_size"),
     ({"num_attention_heads": 0}, "positive|zero"),
     ({"hidden_size": "big"}, "big"),
@@ -489,6 +490,13 @@ def test_tokens_may_be_added_beside_tokenizer_json(text_folder, file, content):
     assert tokenizer.encode("king<|tool|>queen").count(end) == 1
     assert tokenizer.encode("a king") == before.encode("a king")
     assert (end in tokenizer.special_ids) == (file != "added_tokens.json")
+
+
+def test_a_special_token_may_take_the_white_space_beside_it(text_folder):
+    token = {"content": "<|tool|>", "lstrip": True, "rstrip": True}
+    set_fields(text_folder, "tokenizer_config.json", additional_special_tokens=[token])
+    tokenizer = Tokenizer(text_folder)
+    assert tokenizer.encode("king <|tool|> queen") == tokenizer.encode("king<|tool|>queen")
 
 
 @pytest.mark.parametrize("described", [False, True])

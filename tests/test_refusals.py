@@ -274,6 +274,7 @@ DAMAGE = {
     "a shard in another folder": (outside("../elsewhere.safetensors"), "not in this folder"),
     "a shard by an absolute path": (outside("{target}"), "not in this folder"),
     "a shard that is the folder itself": (index(a=".."), ".."),
+    "a shard of an endless name": (index(a=300 * "a"), "damaged or truncated"),
     "a missing tensor": (norm(lambda weight: None), f"no weights for {NORM}"),
     "an extra tensor": (an_extra_tensor, "unexpected tensor extra"),
     "a tensor of another shape": (norm(lambda weight: torch.ones(3)), "(3,)"),

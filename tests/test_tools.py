@@ -1,6 +1,7 @@
 """tools/: each says how it is used, measures what it says, and refuses in one line."""
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ pytest.importorskip("optuna")
 
 from conftest import DEVICE, ROOT
 from folders import small_folder
+from safetensors.torch import load_file, save_file
 
 from checkpoint import BUNDLED
 
@@ -82,6 +84,19 @@ def test_what_eight_bits_cost_is_said_with_its_error():
     assert re.search(r"in int8 [\d.]+ \([+-][\d.]+ %, standard error [\d.]+\)", done.stdout)
     done = run_tool("weights.py", "--pieces", "1")
     assert done.returncode == 2 and "at least 2" in done.stderr
+
+
+def test_of_keys_that_overflow_no_perplexity_is_told(tmp_path):
+    """With q / 2^13 and k * 2^13 it is the same model, but not in float16."""
+    folder = shutil.copytree(BUNDLED, tmp_path / "large")
+    path = folder / "model.safetensors"
+    factors = {"q_proj": 2.0 ** -13, "k_proj": 2.0 ** 13}
+    scaled = {name: weight * factors.get(name.split(".")[-2], 1)
+              for name, weight in load_file(path).items()}
+    save_file(scaled, path)
+    done = run_tool("weights.py", "--model", str(folder), "--pieces", "2", "--dtype", "float16")
+    assert done.returncode == 2
+    assert "too narrow" in done.stderr
 
 
 @pytest.fixture(scope="module")

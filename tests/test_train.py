@@ -77,6 +77,7 @@ def test_training_goes_on_where_it_stopped(small, monkeypatch, capsys):
     assert torch.load("out/state.pt", weights_only=True)["step"] == 6
     after = load_file("out/model.safetensors")
     assert all(torch.equal(after[name], whole[name]) for name in whole)
+    assert "is at step 6" in refused(monkeypatch, capsys, *settings)
 
 
 def test_what_is_trained_can_be_loaded(small, monkeypatch):

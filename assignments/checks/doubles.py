@@ -35,6 +35,7 @@ class Call(NamedTuple):
     positions: list[float]    # of each row, read off the marked cos; or what is wrong with it
     from_sin: list[float]     # the same, read off sin
     sees: list[list[float]]   # for each row, the marks of the slots it may look at
+    dtype: torch.dtype        # of the angles
 
 
 class MarkedLayer(nn.Module):
@@ -59,7 +60,7 @@ class MarkedLayer(nn.Module):
             marks, _ = store(marks, marks.clone())
         sees = marks_seen(marks[0, 0, :, 0].tolist(), mask, rows)
         where = positions(cos, rows), positions(-sin, rows)
-        self.calls.append(Call(self.i, x.clone(), *where, sees))
+        self.calls.append(Call(self.i, x.clone(), *where, sees, cos.dtype))
         return x + 2.0 ** self.i
 
     def mlp_block(self, x):
@@ -116,8 +117,9 @@ def marked_angles(length: int) -> tuple[Tensor, Tensor]:
     return numbers, -numbers
 
 
-def marked_table(config, length, *_, **__):
-    return marked_angles(length)
+def marked_table(config, length, device=None, dtype=torch.float32):
+    cos, sin = marked_angles(length)
+    return cos.to(dtype), sin.to(dtype)
 
 
 def marked_rope():

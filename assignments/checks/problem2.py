@@ -57,6 +57,12 @@ def no_cache():
                   "Without a cache row r stands at position r", example)
         equal(calls[0].sees, [new_marks(r) for r in range(rows)],
               "Without a cache row r sees rows 0 to r", f"{example}, rows seen, by their marks")
+    calls = []
+    with marked_rope():
+        marked_model(calls).bfloat16()(torch.tensor([[1, 2]]))
+    equal(calls[0].dtype, torch.bfloat16,
+          "Without a cache the angles come in the dtype of the states",
+          "a model in bfloat16, no cache, dtype of cos")
 
 
 def new_marks(row: int, added: float = 0.0) -> list[float]:

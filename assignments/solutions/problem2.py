@@ -51,6 +51,9 @@ forward.mistake(
     ("    left_out =", "    if cache:\n            cache.length += rows\n        left_out ="),
     ("cache.length = start + rows", "pass"))
 forward.mistake(
+    "angles in float32, whatever the states are in",
+    ("rows, x.device, x.dtype)", "rows)"))
+forward.mistake(
     "a row does not see itself",
     ("causal_mask(start,", "causal_mask(start - 1,"))
 forward.mistake(

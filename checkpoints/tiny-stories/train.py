@@ -529,6 +529,8 @@ def main():
         return
     optimizers = make_optimizers(model, args)
     first = load(model, tokenizer, optimizers, args.out / "state.pt", args)
+    if first >= args.steps:
+        refuse(f"there is nothing to do: {args.out / 'state.pt'} is at step {first}")
     passes = Passes(model)
     source = itertools.islice(batches(train, ROWS), first, None)
     started = time.time()
