@@ -390,7 +390,7 @@ def opened(path: Path):
             yield tensors
     except FileNotFoundError:
         raise ModelError(f"{path} is missing") from None
-    except (SafetensorError, OSError, ValueError) as error:      # ValueError: NUL in a name
+    except (SafetensorError, OSError, ValueError) as error:      # ValueError: a name that cannot be
         raise ModelError(f"{path}: damaged or truncated ({error})") from None
 
 
