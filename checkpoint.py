@@ -14,11 +14,11 @@ Whatever model.py would compute wrongly is refused: a ModelError, one line that 
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from itertools import cycle
 from pathlib import Path
 from threading import Thread
@@ -490,7 +490,7 @@ class Tokenizer:
     def add_tokens(self, special: list[str | dict]):
         """Add tokens as the other files have them, and make ``special`` ones special.
 
-        Those that tokenizer.json lacks take the next ids.
+        Those that tokenizer.json lacks take the next ids. Flags of those that it has stay.
         """
         known = {token.content: token for token in self.added.values()}
         for i, token in sorted(tokens_beside(self.folder, self.config, known).items()):
@@ -498,14 +498,13 @@ class Tokenizer:
             if self.library.token_to_id(token.content) != i:
                 raise ModelError(f"{self.folder}: token {i} is not {token.content!r} by "
                                  "tokenizer.json, but by the files beside it")
-        are_special = {token.content for token in self.added.values() if token.special}
+        known = {token.content: token for token in self.added.values()}
         try:
-            tokens = [added_token(token, special=True) for token in special]
+            tokens = [special_token(token, known) for token in special]
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(f"{self.folder / 'tokenizer_config.json'}: a special token that is no "
                              f"text ({error})") from None
-        self.library.add_special_tokens(
-            [token for token in tokens if token.content not in are_special])
+        self.library.add_special_tokens(tokens)
 
     @property
     def added(self) -> dict:
@@ -626,19 +625,31 @@ def sandbox():
         tags = {"generation"}
 
         def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.Scope(body, lineno=line)
+
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Without powers: a large one cannot be stopped (see ``within_time``)."""
+        intercepted_binops = frozenset(["**"])
+
+        def call_binop(self, context, operator, left, right):
+            refuse(f"{operator} is not allowed")
 
     def refuse(message):
         raise jinja2.TemplateError(message)
 
-    def to_json(value, **options):
-        return json.dumps(value, **{"ensure_ascii": False} | options)
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    def now(form):
+        return datetime.now().strftime(form)
+
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     environment.filters["tojson"] = to_json
-    environment.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    environment.globals |= {"raise_exception": refuse, "strftime_now": now}
     return environment
 
 
@@ -663,23 +674,25 @@ def within_time(work):
 
 
 def special_tokens(config: dict) -> dict[str, str]:
-    """By name, as a chat template wants them. Each is written as a string or as an object."""
-    special = {}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        token = config.get(name)
-        if token:
-            special[name] = written(token)
-    return special
+    """By name, as a chat template wants them: bos_token, eos_token, and others of a model's own.
+
+    Each is written as a string or as an object. (add_bos_token is true or false, and no token.)
+    """
+    extra = config.get("extra_special_tokens")
+    named = {name: token for name, token in config.items() if name.endswith("_token")}
+    named |= extra if isinstance(extra, dict) else {}
+    return {name: written(token) for name, token in named.items()
+            if token and isinstance(token, (str, dict))}
 
 
 def more_special(config: dict) -> list[str | dict]:
-    """Special tokens that have no name of their own, or one that no LLaMA needs."""
-    tokens = [config[name] for name in ("sep_token", "cls_token", "mask_token") if config.get(name)]
+    """Special tokens that have no name."""
+    tokens = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         more = config.get(name) or []
         if not isinstance(more, (list, dict)):
             raise ModelError(f"tokenizer_config.json: {name} is not a list")
-        tokens += more.values() if isinstance(more, dict) else more
+        tokens += more if isinstance(more, list) else []
     return tokens
 
 
@@ -688,8 +701,16 @@ def written(token: str | dict) -> str:
     return str(token.get("content") if isinstance(token, dict) else token)
 
 
+def special_token(token: str | dict, known: dict):
+    """A special tokenizers.AddedToken, with the flags of the one that is ``known`` by its text."""
+    text = written(token)
+    if text in known:
+        token = {flag: getattr(known[text], flag) for flag in TOKEN_FLAGS} | {"content": text}
+    return added_token(token, special=True)
+
+
 def added_token(token: str | dict, **flags: bool):
-    """The same as a tokenizers.AddedToken. ``flags`` are set whatever the object says."""
+    """A tokenizers.AddedToken. ``flags`` are set whatever the object says."""
     from tokenizers import AddedToken
     if isinstance(token, str):
         return AddedToken(token, **flags)

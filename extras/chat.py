@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import takewhile
 
 from model import KVCache, Llama, ModelError
 from speculative import Drafter, SettingsError, Stats, autoregressive, decode, require_readable
@@ -63,6 +64,9 @@ class Conversation:
     def answer(self, message: str) -> Iterator[str]:
         """The answer in pieces. If the caller stops early, what was said so far is kept.
 
+        The stop token that ends an answer is no part of it, though it were not special: a template
+        has its own.
+
         Raises UnanswerableError if the context has no room for an answer, the template refuses the
         message, or it has tokens that the model does not know.
         """
@@ -80,7 +84,8 @@ class Conversation:
         self.stats = Stats()
         said = []
         try:
-            for piece in self.tokenizer.stream(prompt, self.tokens(prompt, count)):
+            spoken = takewhile(self.goes_on, self.tokens(prompt, count))
+            for piece in self.tokenizer.stream(prompt, spoken):
                 said.append(piece)
                 yield piece
         finally:
@@ -93,6 +98,9 @@ class Conversation:
         if self.drafter is None:
             return autoregressive(self.model, prompt, count, **settings)
         return decode(self.model, prompt, count, self.drafter, **self.passes, **settings)
+
+    def goes_on(self, token: int) -> bool:
+        return token not in self.sampling.get("stop", ())
 
     def room_after(self, prompt: list[int]) -> int:
         """How many tokens the answer may have."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from extras.parallel import all_agree
-from model import BLOCK, KVCache, Llama, rope_table
+from model import BLOCK, KVCache, Llama, rope_table, whole_blocks
 from speculative import full_pass, prefill
 
 # What was found, by model and then by (what, rows, slots in a block, threads, kind of product).
@@ -119,7 +119,8 @@ def trials(model: Llama) -> list[tuple[int, int]]:
     """Slots of the cache, and a seed for what is random, of each trial."""
     in_float32 = model.embed.weight.dtype == torch.float32
     sizes = [BLOCK, 2 * BLOCK, 3 * BLOCK]
-    sizes += [slots for slots in LONG if slots <= model.config.max_position_embeddings]
+    most = whole_blocks(model.config.max_position_embeddings)
+    sizes += [slots for slots in LONG if slots <= most]
     count = TRIALS if in_float32 else TRIALS_16_BITS
     return [(sizes[seed % len(sizes)], seed) for seed in range(count)]
 
@@ -159,6 +160,7 @@ def passes_agree(model: Llama, width: int) -> bool:
 def results_of_equal_rows(model: Llama, width: int, slots: int, seed: int):
     """What a layer of each kind, the head and attention make of one random row, ``width`` times.
 
+    Of a layer its keys and values too: where it adds little to the row, rounding may hide it.
     Yields tensors (width, ...). All rows see the same random keys and values. The row comes first:
     processes that share a model have the same one, and heads of their own.
     """
@@ -173,8 +175,16 @@ def results_of_equal_rows(model: Llama, width: int, slots: int, seed: int):
     row = some(c.hidden_size).repeat(1, width, 1)
     keys, values = some(2, 1, c.num_key_value_heads, slots, c.head_dim)
     mask = weight.new_zeros(width, slots)
+    made = []
+
+    def store(k: Tensor, v: Tensor):
+        made[:] = k, v                                     # (1, kv_heads, width, head_dim) each
+        return keys, values
+
     for layer in layers_of_each_kind(model):
-        state = layer(row, cos, sin, mask, lambda k, v: (keys, values))
+        state = layer(row, cos, sin, mask, store)
+        yield from (new[0].transpose(0, 1) for new in made)
+        yield state[0]
         yield model.logits(state)[0]
     for _ in range(ATTENTION_TRIALS):
         q = some(1, c.num_attention_heads, 1, c.head_dim).repeat(1, 1, width, 1)

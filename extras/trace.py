@@ -7,7 +7,7 @@ that neither the loop nor the drafter knows of it, and nothing is slower where i
 passes no drafter is made up for when the text is finished (``record``), from what was kept:
 
     the DP's tables       see dp_table.py
-    p of a draft token    one pass of the whole model over the text
+    p of a draft token    the passes of the whole model again
     the drawn numbers     the random generator again, from its state before each check
 
 The page is trace.html with trace.css and the record in it: one file, which needs no network.
@@ -24,11 +24,10 @@ from torch import Tensor
 from dp_skip import Measure, distances, relative_distances
 from extras.dp_table import DPRun, dp_record, rounded
 from extras.skipping import Skipping
-from speculative import Clasp, Draft, Drafter, Outcome, Text, as_row, clock, distribution
+from speculative import Clasp, Draft, Drafter, Outcome, Text, clock, distribution, full_pass
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACES = ("LOOK_OF_THE_PAGE", "RECORD_OF_THE_RUN")     # in the template, once each
-ROWS = 128                            # of the pass that computes p: the text goes in pieces
 CONTEXT = 16                          # tokens before a draft that its text may depend on
 
 
@@ -188,26 +187,20 @@ def cycle_record(cycle: Cycle, text: Text, tokenizer) -> dict:
 def add_chances(written: list[dict], cycles: list[Cycle], text: Text):
     """Add p, q and the drawn number u of each draft token that was judged: kept if u < p / q.
 
-    u is what torch.bernoulli draws on a CPU; elsewhere it is left out.
+    u is what torch.bernoulli draws on a CPU; elsewhere it is left out. The passes are those of the
+    run once more, one by one: others would round p otherwise.
     """
-    wanted = {}                                # {position: (the list of p, the token after it)}
     for found, cycle in zip(written, cycles):
-        judged = min(found["count"], len(cycle.draft.tokens))
-        found["q"] = rounded(cycle.q[:judged])
-        found["p"] = []
+        tokens = [text.tokens[cycle.start - 1], *cycle.draft.tokens]
+        text.cache.length = cycle.start - 1
+        _, logits = full_pass(text.model, text.cache, tokens, text.pass_width(len(tokens)))
+        p = distribution(logits, text.temperature, text.top_p)
+        judged = range(min(found["count"], len(cycle.draft.tokens)))
+        found["q"] = [cycle.q[i] for i in judged]
+        found["p"] = [float(p[i, tokens[i + 1]]) for i in judged]
         if cycle.rng is not None and text.rng.device.type == "cpu":
             again = torch.Generator().set_state(cycle.rng)
-            found["u"] = torch.rand(len(cycle.q), generator=again).tolist()[:judged]
-        for i in range(judged):
-            wanted[cycle.start + i - 1] = found["p"], cycle.draft.tokens[i]
-    begin = len(text.tokens) - text.stats.new_tokens - 1
-    for start in range(begin, len(text.tokens) - 1, ROWS):
-        text.cache.length = start
-        states = text.model(as_row(text.model, text.tokens[start:start + ROWS]), text.cache)
-        p = distribution(text.model.logits(states[-1])[0], text.temperature, text.top_p)
-        for position in sorted(wanted.keys() & set(range(start, start + len(p)))):
-            chances, token = wanted[position]
-            chances.append(float(p[position - start, token]))
+            found["u"] = torch.rand(len(cycle.q), generator=again).tolist()[:len(judged)]
 
 
 def pieces(tokenizer, before: list[int], tokens: list[int]) -> list[str]:

@@ -83,6 +83,20 @@ def test_each_answer_is_that_of_one_text_after_the_same_messages(model, tokenize
     assert len(conversation.messages) == 2 * len(MESSAGES)
 
 
+def test_the_token_that_ends_an_answer_is_no_part_of_it(model, tokenizer):
+    """Also where it is an ordinary one."""
+    written = one_shot(model, tokenizer, MESSAGES[:1])
+    stop = next(token for token in written[3:] if token not in written[:3])
+    before = written[:written.index(stop)]
+    conversation = new_conversation(model, tokenizer, Lookup(), stop={stop})
+    assert say(conversation, MESSAGES[0]) == tokenizer.decode(before)
+    assert conversation.messages[1] == tokenizer.decode(before)
+    assert conversation.stats.tokens == [*before, stop]
+    say(conversation, MESSAGES[1])
+    turns = [MESSAGES[0], tokenizer.decode(before), MESSAGES[1]]
+    assert conversation.stats.tokens == one_shot(model, tokenizer, turns, stop={stop})
+
+
 def test_in_passes_of_one_shape_too(model, tokenizer):
     width = width_for(model, 5)
     conversation = new_conversation(model, tokenizer, Clasp(model, 1), passes={"width": width})

@@ -508,13 +508,17 @@ def test_what_a_file_beside_says_is_special_is_not_printed(text_folder, describe
         token["special"] = False
     path.write_text(json.dumps(content))
     end = content["added_tokens"][-1]
+    end["rstrip"] = True                                 # a flag, which stays
+    path.write_text(json.dumps(content))
     if described:
         set_fields(text_folder, "tokenizer_config.json", eos_token=None, added_tokens_decoder={
-            str(end["id"]): {"content": end["content"], "special": True}})
+            str(end["id"]): {"content": end["content"], "special": True, "rstrip": True}})
     else:
         set_fields(text_folder, "tokenizer_config.json", eos_token=end["content"])
     tokenizer = Tokenizer(text_folder)
     tokens = [*plain_ids(tokenizer, "the end"), end["id"]]
+    marked = "the" + end["content"] + " end"
+    assert plain_ids(tokenizer, marked) == plain_ids(tokenizer, marked.replace(" ", ""))
     assert tokenizer.decode(tokens) == "the end"
     assert "".join(tokenizer.stream([0], iter(tokens))) == "the end"
 
@@ -570,6 +574,15 @@ def test_the_models_own_chat_template_is_used_wherever_it_stands(text_folder):
     assert Tokenizer(text_folder).render(["hé"]) == expected
 
 
+def test_a_template_knows_all_tokens_that_are_named(text_folder):
+    template = "{{ sep_token }}{{ turn_token }}{{ image_token }}{{ messages | tojson(false, 1) }}"
+    set_fields(text_folder, "tokenizer_config.json", chat_template=template, sep_token="<sep>",
+               turn_token={"content": "<turn>"}, extra_special_tokens={"image_token": "<image>"})
+    tokenizer = Tokenizer(text_folder)
+    assert tokenizer.render(["hé"]).startswith("<sep><turn><image>[\n {")
+    assert len(tokenizer.encode("<sep><turn><image>")) == 3 + len(tokenizer.encode(""))
+
+
 def test_special_tokens_may_be_named_in_a_file_of_their_own(text_folder):
     (text_folder / "chat_template.jinja").write_text(TEMPLATE)
     expected = Tokenizer(text_folder).render(["hé"])
@@ -599,6 +612,7 @@ def test_a_chat_begins_once(text_folder):
     "{% if %}",
     "{{ 1 + 'a' }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "{{ (3 ** (10 ** 9)) % 7 }}",
 ])
 def test_a_bad_or_hostile_template_is_refused(text_folder, template):
     set_fields(text_folder, "tokenizer_config.json", chat_template=template)
@@ -619,7 +633,7 @@ def test_a_template_may_ask_for_tools_and_documents(text_folder):
 def test_a_template_may_mark_what_to_train_on(text_folder):
     template = (
         "{% for m in messages %}"
-        "{% generation %}[{{ m.content }}]{% endgeneration %}"
+        "{% generation %}{% set x = m.content %}[{{ x }}]{% endgeneration %}{{ x }}"
         "{% endfor %}"
     )
     set_fields(text_folder, "tokenizer_config.json", chat_template=template)
@@ -629,8 +643,8 @@ def test_a_template_may_mark_what_to_train_on(text_folder):
 def test_a_template_that_does_not_end_is_stopped(monkeypatch, text_folder):
     release = Event()
     monkeypatch.setattr(checkpoint, "TEMPLATE_SECONDS", 0.1)
-    monkeypatch.setattr(checkpoint.time, "strftime", lambda _: str(release.wait(60)))
-    set_fields(text_folder, "tokenizer_config.json", chat_template="{{ strftime_now('%Y') }}")
+    monkeypatch.setattr(checkpoint.json, "dumps", lambda *_, **__: str(release.wait(60)))
+    (text_folder / "chat_template.jinja").write_text("{{ messages | tojson }}")
     with pytest.raises(ModelError, match="did not end"):
         Tokenizer(text_folder).render(["x"])
     release.set()

@@ -23,7 +23,7 @@ import extras.exact
 import speculative
 from checkpoint import BUNDLED, load_model
 from extras import attention
-from extras.exact import exact_width, is_even, narrowest, passes_agree
+from extras.exact import exact_width, is_even, narrowest, passes_agree, trials
 from extras.lookup import Lookup
 from model import BLOCK, KVCache, ModelError
 from speculative import (
@@ -277,6 +277,27 @@ def test_the_narrowest_pass_is_the_last_that_rounds_alike(monkeypatch, uneven_ro
     model = random_model()
     assert exact_width(model, 5) == 5
     assert narrowest(model, 5) == fewest
+
+
+@pytest.mark.parametrize("context, longest", [(896, 384), (897, 1024), (1000, 1024), (4000, 4096)])
+def test_all_forms_of_attention_are_tried_that_a_text_may_meet(context, longest):
+    """Passes look over whole blocks, which may reach past the context's end."""
+    assert max(slots for slots, _ in trials(random_model(context=context))) == longest
+
+
+def test_keys_and_values_are_compared_too(monkeypatch):
+    """In 16 bits a layer may add so little to its row that rounding hides that it is otherwise."""
+    roundly(monkeypatch, set())
+    model = random_model(residual=1e-4, vocabulary=2).bfloat16()
+    qkv = model.layers[0].qkv.forward
+
+    def otherwise(x):
+        out = qkv(x)
+        return out * 1.01 if x.shape[-2] == 3 else out
+
+    for layer in model.layers:
+        monkeypatch.setattr(layer.qkv, "forward", otherwise)
+    assert narrowest(model, 5) == 4
 
 
 def test_passes_are_padded_to_the_narrowest_and_no_further(monkeypatch):

@@ -201,6 +201,25 @@ def test_a_sentencepiece_vocabulary_merges_by_score():
     assert tokenizer.decode(tokenizer.encode("ab a\n").ids) == "ab a\n"
 
 
+def test_pieces_of_one_score_merge_in_the_order_of_the_vocabulary():
+    """Some converters write the same score for all. "abc" is ab + c, since ab comes before bc."""
+    tokens = ["c", "a", "b", "ab", "bc", "abc", "<end_of_turn>"]
+    merges = gguf_to_safetensors.implied_merges(tokens, [-1000.0] * len(tokens))
+    assert merges == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
+
+
+def test_what_ends_a_turn_is_special_whatever_its_type():
+    fields = {"tokens": ["a", "<tool>", "<|im_end|>"], "token_type": [1, 4, 4]}
+
+    def field(name):
+        return fields[name.removeprefix("tokenizer.ggml.")]
+
+    [end] = gguf_to_safetensors.added_tokens(field, CONTROL)
+    [tool] = gguf_to_safetensors.added_tokens(field, gguf_to_safetensors.USER_DEFINED)
+    assert (end.content, end.special) == ("<|im_end|>", True)
+    assert (tool.content, tool.special) == ("<tool>", False)
+
+
 @pytest.mark.parametrize("fields, expected", [
     ({}, []),
     ({"eos_token_id": 1, "eot_token_id": 0}, [0, 1]),

@@ -115,7 +115,7 @@ def read_config(field: Field, tensors: dict) -> dict:
     if scaling_type != "none":
         refuse(f"unsupported RoPE scaling {scaling_type!r}")
     if "rope_freqs.weight" in tensors:
-        divisors = torch.tensor(tensors["rope_freqs.weight"].data)
+        divisors = torch.tensor(tensors["rope_freqs.weight"].data).float()
         config["rope_scaling"] = recognise_scaling(config, divisors)
     return config
 
@@ -170,9 +170,8 @@ def read_tokenizer(field: Field) -> Tokenizer:
         tokenizer = sentencepiece_tokenizer(field, tokens)
     else:
         refuse(f"unsupported tokenizer {kind!r}")
-    types = field("tokenizer.ggml.token_type")
-    tokenizer.add_special_tokens(added_tokens(tokens, types, UNKNOWN, CONTROL))
-    tokenizer.add_tokens(added_tokens(tokens, types, USER_DEFINED))
+    tokenizer.add_special_tokens(added_tokens(field, UNKNOWN, CONTROL))
+    tokenizer.add_tokens(added_tokens(field, USER_DEFINED))
     if adds_begin(field):
         number = field("tokenizer.ggml.bos_token_id")
         begin = tokens[number]
@@ -213,24 +212,31 @@ def numbered(tokens: list[str]) -> dict[str, int]:
 
 
 def implied_merges(tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Any two pieces that make a piece, the best first: GGUF stores no merges of this kind."""
+    """Any two pieces that make a piece, the best first: GGUF stores no merges of this kind.
+
+    Where all scores are the same, as some files have them, pieces are as good as they come first.
+    """
     vocabulary = numbered(tokens)
     merges = []
     for token, i in vocabulary.items():
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in vocabulary and right in vocabulary:
-                order = (-scores[i], vocabulary[left], vocabulary[right])
+                order = (-scores[i], i, vocabulary[left], vocabulary[right])
                 merges.append((order, (left, right)))
     merges.sort(key=lambda merge: merge[0])
     return [pair for _, pair in merges]
 
 
-def added_tokens(tokens: list[str], types: list[int], *wanted: int) -> list[AddedToken]:
+def added_tokens(field: Field, *wanted: int) -> list[AddedToken]:
+    """Those of the wanted types. What ends a turn is special, whatever the file says."""
+    tokens = field("tokenizer.ggml.tokens")
+    types = [CONTROL if token in ENDS_OF_TURNS else given
+             for token, given in zip(tokens, field("tokenizer.ggml.token_type"))]
     return [
-        AddedToken(token, special=found != USER_DEFINED, normalized=False)
-        for token, found in zip(tokens, types)
-        if found in wanted
+        AddedToken(token, special=given != USER_DEFINED, normalized=False)
+        for token, given in zip(tokens, types)
+        if given in wanted
     ]
 
 

@@ -119,6 +119,8 @@ def drafts():
     marks = iter(torch.tensor([[1.0], [2.0], [3.0]]))
 
     def choose(logits):
+        equal(tuple(logits.shape), (VOCABULARY,),
+              "text.choose(logits) takes the logits of one row, (vocabulary,)", "shape of logits")
         return torch.tensor(5), next(marks)
 
     ran = run_draft([3, 4], {1}, 3, choose=choose)
@@ -232,6 +234,7 @@ def room():
 K = 3                         # tokens that the scripted drafter proposes, if there is room
 SCRATCH = 30                  # slots that it wants
 TAKES = {"begin": 7.0, "propose": 10.0, "observe": 3.0}        # seconds, by the checks' clock
+CALLER_TAKES = 1000.0         # with each token
 
 
 @dataclass
@@ -366,6 +369,7 @@ def play(
             llama, list(prompt), count, drafter, stats=played.stats, **settings)
         for token in tokens:
             played.tokens.append(int(token))
+            played.seconds += CALLER_TAKES
             if played.text is None:
                 raise PropertyError(
                     "begin is called once, before the first draft",
@@ -645,7 +649,8 @@ def statistics():
          flags[:10]),
         ("draft_seconds", "has the seconds of drafting, by a clock by which each takes 10",
          10.0 * len(played.drafts)),
-        ("verify_seconds", "has the seconds of the passes, of which each takes 100",
+        ("verify_seconds", "has the seconds of the passes, of which each takes 100, and not those "
+         "of the caller, who takes 1000 with each token",
          100.0 * len(played.verified)),
         ("optimize_seconds", "has the seconds of begin, here 7, and of observe, 3 each",
          7.0 + 3 * len(played.observed)),

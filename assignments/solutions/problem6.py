@@ -39,6 +39,9 @@ draft_by_skipping.mistake(
     ("        drafted.append(int(drawn))\n        marks.append(q)\n", ""),
     ("        fed =", "        drafted.append(int(drawn))\n        marks.append(q)\n        fed ="))
 draft_by_skipping.mistake(
+    "logits with an axis of rows",
+    ("[0, -1]", "[0]"))
+draft_by_skipping.mistake(
     "its source not said",
     (", \"layers\")", ")"))
 draft_by_skipping.mistake(
@@ -221,6 +224,10 @@ decode.mistake(
 decode.mistake(
     "given drafter ignored",
     ("    stats = text.stats\n", "    stats = text.stats\n    drafter = speculative.Drafter()\n"))
+decode.mistake(
+    "the caller's seconds taken for a pass's",
+    ("            yield token\n",
+     "            with text.timed(\"verify\"):\n                yield token\n"))
 decode.mistake(
     "seconds never kept",
     ("    stats = text.stats\n",
