@@ -4,7 +4,7 @@
     *.safetensors                its weights, by name                           load_model
     tokenizer.json               text to token ids and back                     Tokenizer
     tokenizer_config.json        special tokens, the chat template              Tokenizer
-    special_tokens_map.json      special tokens that are not named there        Tokenizer
+    special_tokens_map.json      special tokens, in older folders               Tokenizer
     added_tokens.json            tokens that tokenizer.json lacks, in old ones  Tokenizer
     chat_template.jinja          the template, in a file of its own             Tokenizer
     generation_config.json       stop tokens; settings for CLaSp that suit it   stop_tokens, ...
@@ -41,7 +41,7 @@ FILES = [                     # what is downloaded of a repository
     "chat_template.jinja",
     "model.safetensors.index.json",
     "model*.safetensors",
-    "*-of-*.safetensors",
+    "pytorch_model*.safetensors",                      # as some were converted
 ]
 
 
@@ -481,8 +481,11 @@ class Tokenizer:
         self.library.no_padding()
         self.folder = folder
         self.config = read_json(folder / "tokenizer_config.json")
-        beside = read_json(folder / "special_tokens_map.json")         # of older folders
-        self.special = special_tokens(beside) | special_tokens(self.config)
+        beside = read_json(folder / "special_tokens_map.json")
+        files = [beside, self.config]                  # what the second names counts
+        if "added_tokens_decoder" not in self.config:
+            files.reverse()                            # an older folder, as transformers has it
+        self.special = special_tokens(files[0]) | special_tokens(files[1])
         self.add_tokens([*self.special.values(), *more_special(beside | self.config)])
         self.special_ids = {i for i, token in self.added.items() if token.special}
         self.stop = stop_tokens(folder)
@@ -579,7 +582,10 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self.config.get("chat_template")) or self.template_file.exists()
+        try:
+            return bool(self.chat_template())
+        except OSError:                                # ``render`` says what is wrong with it
+            return True
 
     @property
     def template_file(self) -> Path:
@@ -611,8 +617,8 @@ class Tokenizer:
             return self.template_file.read_text(encoding="utf-8")
         template = self.config.get("chat_template")
         if isinstance(template, list):                 # several, by name
-            return {t["name"]: t["template"] for t in template}.get("default")
-        return template
+            template = {t["name"]: t["template"] for t in template}
+        return template.get("default") if isinstance(template, dict) else template
 
 
 def sandbox():

@@ -509,7 +509,7 @@ def require_trace(args: argparse.Namespace):
 def write_trace(decoder: "Decoder", tokenizer: Tokenizer, plain_ends: list[float]):
     args = decoder.args
     weight = decoder.model.embed.weight
-    about = (f"{Path(args.model).name}, drafter {decoder.drafts_by}, temperature "
+    about = (f"{Path(args.model).resolve().name}, drafter {decoder.drafts_by}, temperature "
              f"{args.temperature}, {str(weight.dtype).removeprefix('torch.')} on {weight.device}")
     found = record(decoder.drafter, tokenizer, plain_ends, about)
     if my_place().rank == 0:

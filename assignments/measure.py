@@ -25,7 +25,7 @@ from speculative import Clasp, Stats, decode
 ROUNDS = 2
 INTERVALS = (1, 2, 4, 8, 16, 32, 64, 128)
 DISTANCES = (1, 2, 4, 8, 16, 32)
-PAPER = SETTINGS | {"opt_tokens": 1}                   # the DP of one token, as entry.py has it
+PAPER = SETTINGS | {"opt_tokens": 1}                   # the DP of one token, as in the paper
 
 
 def measured(model, entries: dict) -> dict:

@@ -62,7 +62,8 @@ class Conversation:
         self.prefilled = 0                               # tokens that its prefill computed
 
     def answer(self, message: str) -> Iterator[str]:
-        """The answer in pieces. If the caller stops early, what was said so far is kept.
+        """The answer in pieces. If the caller stops early, what was said so far is kept; then close
+        it (``contextlib.closing``) before the next: they share one cache.
 
         The stop token that ends an answer is no part of it, though it were not special: a template
         has its own.

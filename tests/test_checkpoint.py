@@ -88,9 +88,11 @@ def test_a_repo_is_downloaded_only_if_its_config_can_be_used(monkeypatch, tmp_pa
     assert find_folder("someone/something") == tmp_path
     assert len(asked) == 3
     for file in ("model.safetensors", "model-00001-of-00002.safetensors",
-                 "model.safetensors-00001-of-00002.safetensors", "part-00001-of-00002.safetensors"):
+                 "model.safetensors-00001-of-00002.safetensors",
+                 "pytorch_model-00001-of-00002.safetensors"):
         assert any(fnmatch(file, pattern) for pattern in asked[-1])
-    assert not any(fnmatch("consolidated.safetensors", pattern) for pattern in asked[-1])
+    for file in ("consolidated.safetensors", "checkpoint-500/model.safetensors"):
+        assert not any(fnmatch(file, pattern) for pattern in asked[-1])
 
 
 @pytest.mark.thorough
@@ -591,6 +593,31 @@ def test_special_tokens_may_be_named_in_a_file_of_their_own(text_folder):
     assert begin not in Tokenizer(text_folder).render(["hé"])
     set_fields(text_folder, "special_tokens_map.json", bos_token={"content": begin})
     assert Tokenizer(text_folder).render(["hé"]) == expected
+
+
+@pytest.mark.parametrize("listed, first", [({}, "map"), ({"added_tokens_decoder": {}}, "config")])
+def test_which_file_names_a_special_token_is_what_it_is_in_transformers(
+    text_folder, listed, first
+):
+    """Where tokenizer_config.json lists no tokens, the folder is an old one: the map counts."""
+    set_fields(text_folder, "tokenizer_config.json", sep_token="config", **listed)
+    set_fields(text_folder, "special_tokens_map.json", sep_token="map", mask_token="mask")
+    special = Tokenizer(text_folder).special
+    assert special["sep_token"] == first
+    assert special["mask_token"] == "mask"               # named once
+
+
+@pytest.mark.parametrize("template, expected", [
+    ({"default": "{{ messages[0].content }}"}, "x"),
+    ([{"name": "tool_use", "template": "no"}], None),
+    ("", None),
+])
+def test_a_chat_template_may_be_one_of_several_or_none(text_folder, template, expected):
+    set_fields(text_folder, "tokenizer_config.json", chat_template=template)
+    tokenizer = Tokenizer(text_folder)
+    assert tokenizer.has_chat_template == (expected is not None)
+    if expected:
+        assert tokenizer.render(["x"]) == expected
 
 
 def test_turns_of_a_conversation_alternate(text_folder):

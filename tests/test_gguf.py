@@ -323,6 +323,20 @@ def a_part(path: Path):
     write_gguf(path, GOLDEN / "gqa-untied", extra=extra)
 
 
+def a_part_in_words(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", extra=lambda w: w.add_string("split.count", "two"))
+
+
+def seeing_later_tokens(path: Path):
+    write_gguf(path, GOLDEN / "gqa-untied", extra=lambda w: w.add_causal_attention(False))
+
+
+def a_weight_of_an_adapter(path: Path):
+    weight = torch.zeros(32, 32).numpy()
+    write_gguf(path, GOLDEN / "gqa-untied",
+               extra=lambda writer: writer.add_tensor("blk.0.attn_q.weight.lora_a", weight))
+
+
 def fewer_layers_than_it_says(path: Path):
     def extra(writer):
         writer.add_block_count(4)
@@ -335,6 +349,9 @@ def big_endian(path: Path):
 
 @pytest.mark.parametrize("make, word", [
     (a_part, "part 1 of a model in 2 files"),
+    (a_part_in_words, "of a model in two files"),
+    (seeing_later_tokens, "later tokens"),
+    (a_weight_of_an_adapter, "unexpected tensor blk.0.attn_q.weight.lora_a"),
     (fewer_layers_than_it_says, "no weights for model.layers.3."),
     (big_endian, "byte order"),
     (heads_of_each_layer, "head_count is not a whole number above 0"),

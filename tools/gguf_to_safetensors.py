@@ -75,7 +75,7 @@ def require_whole(field: Field, byte_order: str):
     if byte_order != NATIVE:
         refuse("its numbers have another byte order than this machine's")
     count = field("split.count", 1)
-    if count > 1:
+    if count not in (0, 1):
         refuse(f"this is part {field('split.no', 0) + 1} of a model in {count} files: join them "
                "first, as with llama-gguf-split --merge")
 
@@ -107,6 +107,8 @@ def read_config(field: Field, tensors: dict) -> dict:
         "bos_token_id": field("tokenizer.ggml.bos_token_id", None),
         "eos_token_id": field("tokenizer.ggml.eos_token_id", None),
     }
+    if not field("llama.attention.causal", True):
+        refuse("attention that sees later tokens is not supported")
     if field("llama.rope.dimension_count", config["head_dim"]) != config["head_dim"]:
         refuse("rotating only a part of each head is not supported")
     # A factor without a type is of a linear scaling, as is scale_linear, its name in old files.
@@ -272,8 +274,8 @@ def hugging_face_name(name: str) -> str:
     """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
     if name in OUTER:
         return OUTER[name]
-    block, number, kind, suffix = (name.split(".") + [""] * 4)[:4]
-    if block != "blk" or kind not in NAMES or suffix != "weight":
+    block, number, kind, *rest = name.split(".") + [""] * 3
+    if block != "blk" or kind not in NAMES or "".join(rest) != "weight":
         refuse(f"unexpected tensor {name}: not a plain LLaMA (biases, experts and fused "
                "projections are not supported)")
     return f"model.layers.{number}.{NAMES[kind]}.weight"
@@ -428,7 +430,10 @@ def main():
             refuse(f"{args.gguf} has no field {name}")
         return default[0]
 
-    require_whole(field, reader.byte_order)
+    try:
+        require_whole(field, reader.byte_order)
+    except ValueError as error:                            # a text that is no UTF-8
+        refuse(f"{args.gguf} is damaged: {error}")
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = read_config(field, tensors) | {"dtype": args.dtype}
     try:
