@@ -584,7 +584,7 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         try:
             return bool(self.chat_template())
-        except OSError:                                # ``render`` says what is wrong with it
+        except (OSError, KeyError, TypeError, ValueError):   # ``render`` says what is wrong with it
             return True
 
     @property

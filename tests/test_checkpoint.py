@@ -620,6 +620,18 @@ def test_a_chat_template_may_be_one_of_several_or_none(text_folder, template, ex
         assert tokenizer.render(["x"]) == expected
 
 
+@pytest.mark.parametrize("damage", [
+    lambda folder: (folder / "chat_template.jinja").write_bytes(b"caf\xe9"),
+    lambda folder: set_fields(folder, "tokenizer_config.json", chat_template=[{"template": "x"}]),
+], ids=["no UTF-8", "without a name"])
+def test_a_damaged_chat_template_is_there_and_refused_where_it_is_used(text_folder, damage):
+    damage(text_folder)
+    tokenizer = Tokenizer(text_folder)
+    assert tokenizer.has_chat_template
+    with pytest.raises(ModelError, match="chat template failed"):
+        tokenizer.render(["x"])
+
+
 def test_turns_of_a_conversation_alternate(text_folder):
     (text_folder / "chat_template.jinja").write_text(TEMPLATE)
     rendered = Tokenizer(text_folder).render(["a", "b", "c"])
