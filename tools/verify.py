@@ -34,9 +34,10 @@ PAST_PLACE = 20               # slots behind it
 
 @torch.inference_mode()
 def equal(setup: Setup):
-    """CLaSp against plain decoding in passes that round alike, for four numbers M of layers."""
+    """CLaSp against plain decoding in passes that round alike, for up to four numbers M."""
     model = setup.model
     layers = len(model.layers)
+    budgets = sorted({0, layers // 4, layers // 2, max(0, layers - 3)})
     count = setup.args.max_new_tokens
     k = setup.draft_length
     passes = exact_passes(model, k + 1)
@@ -48,7 +49,7 @@ def equal(setup: Setup):
         plain = partial(autoregressive, model, prompt, count, **passes)
         expected, expected_numbers = recorded(setup, plain, prompt, width)
         one_row = list(autoregressive(model, prompt, count))
-        for skip in (0, layers // 4, layers // 2, layers - 3):
+        for skip in budgets:
             method = partial(clasp, model, prompt, count, skip_layers=skip, draft_length=k,
                              **passes)
             tokens, found_numbers = recorded(setup, method, prompt, width)
