@@ -11,8 +11,8 @@ makes everything anew. A test holds the file against what this makes now.
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -59,8 +59,9 @@ def make(seed: int = 0) -> dict:
             "rope": rope(),
             "layer": whole_layer(),
             **parts(),
-            "dp": dp_cases(),
-            "dp consistent": consistent_cases(),
+            **{name: dp_cases(kind) for name, kind in problem3.KINDS.items()},
+            **{f"{name}, consistent": consistent_cases(problem3.KINDS[name].tokens)
+               for name in ("dp", "dp of tokens")},
             "texts": texts(),
         }
     use_golden(made)
@@ -102,14 +103,17 @@ def parts() -> dict:
 
 # ---------------------------------------------------------------------------- problems 3 and 4
 
-def dp_cases() -> list[dict]:
-    """Sets by the paper's measure, and cells by the double's, where neither turns on rounding."""
+def dp_cases(kind: problem3.Kind) -> list[dict]:
+    """Sets by the paper's measure, and cells by the double's, where neither turns on rounding.
+
+    By another measure, if the kind has one.
+    """
     kept = []
-    for layers, budget, seed in problem3.CASES:
-        layer, states = problem3.toy(layers, seed)
-        sets = clear_selection(layer, states, budget)
+    for (layers, budget), seed in product(problem3.SHAPES, range(kind.seeds)):
+        layer, states = problem3.toy(layers, seed, kind.tokens)
+        sets = clear_selection(layer, states, budget, kind.measure)
         with problem3.doubles():
-            cells = clear_selection(layer, states, budget)
+            cells = clear_selection(layer, states, budget, kind.measure)
         if sets and cells:
             kept.append({
                 "case": [layers, budget, seed],
@@ -119,10 +123,10 @@ def dp_cases() -> list[dict]:
     return kept
 
 
-def clear_selection(layer, states, budget: int) -> list[frozenset] | None:
+def clear_selection(layer, states, budget: int, measure) -> list[frozenset] | None:
     """The DP's sets, if no choice was a near tie."""
     margins = []
-    measure = dp_skip.distances
+    measure = measure or dp_skip.distances
 
     def watched(rows, target):
         result = measure(rows, target)
@@ -130,16 +134,14 @@ def clear_selection(layer, states, budget: int) -> list[frozenset] | None:
         margins.append(apart or 1.0)                   # equal to the last bit: a tie in earnest
         return result
 
-    with mock.patch("dp_skip.distances", watched):
-        sets = dp_skip.select_layers_plain(layer, states, budget).skip_sets
-    choices = margins[:-1]                             # the last call is on the finals
-    return sets if min(choices, default=1.0) > MARGIN else None
+    sets = dp_skip.select_layers_plain(layer, states, budget, watched).skip_sets
+    return sets if min(margins, default=1.0) > MARGIN else None
 
 
-def consistent_cases() -> list[dict]:
+def consistent_cases(tokens: int | None) -> list[dict]:
     kept = []
     for layers, budget in CONSISTENT:
-        layer, states = problem3.consistent_toy(layers, 0)
+        layer, states = problem3.consistent_toy(layers, 0, tokens)
         with problem3.doubles():
             cosines = dp_skip.select_layers_plain(layer, states, budget).cosines
         kept.append({"case": [layers, budget], "manhattan": rounded(cosines)})

@@ -3,6 +3,9 @@
 Those that hold for both readings of Algorithm 1 take the function's name: problem 4 shares them.
 """
 import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 from unittest import mock
 
 import torch
@@ -11,53 +14,59 @@ from torch import Tensor
 from checks.common import PropertyError, check, close, equal, golden, random, show
 
 FILE = "checks/problem3.py"   # where a student finds the toys of the examples
-CASES = [
-    (layers, budget, seed)
+SHAPES = [                    # layers, budget
+    (layers, budget)
     for layers in (1, 2, 3, 4, 6)
     for budget in sorted({1, layers // 2, layers - 1, layers} - {0})
-    for seed in range(3)
 ]
+TOKENS = 2                    # where the states are of several
 
 
 # ---------------------------------------------------------------------------- toys and doubles
 
-def toy(layers: int, seed: int):
-    """Layers that are a matrix each, and states that are *not* what they make of each other."""
+def toy(layers: int, seed: int, tokens: int | None = None):
+    """Layers that are a matrix each, and states that are *not* what they make of each other.
+
+    Of one token (L+1, 4), or of several ``tokens`` (L+1, T, 4).
+    """
+    one = (1, 4) if tokens is None else (1, tokens, 4)
+
     def noise(*shape: int, seed: int) -> Tensor:
         return random(*shape, seed=seed, dtype=torch.float64)
 
     weights = noise(layers, 4, 4, seed=seed) * 0.6
-    states = [noise(1, 4, seed=100 + seed)]
+    states = [noise(*one, seed=100 + seed)]
 
     def layer(i: int, rows: Tensor) -> Tensor:
         return rows + (rows.double() @ weights[i]).tanh().to(rows.dtype)
 
     for i in range(layers):
-        other = 0.2 * noise(1, 4, seed=200 + 10 * seed + i)
+        other = 0.2 * noise(*one, seed=200 + 10 * seed + i)
         states.append(layer(i, states[-1]) + other)
     return layer, torch.cat(states)
 
 
-def consistent_toy(layers: int, seed: int):
+def consistent_toy(layers: int, seed: int, tokens: int | None = None):
     """The same layers, and the states that they make of each other."""
-    layer, states = toy(layers, seed)
+    layer, states = toy(layers, seed, tokens)
     states = [states[:1]]
     for i in range(layers):
         states.append(layer(i, states[-1]))
     return layer, torch.cat(states)
 
 
-def named(layers: int, budget: int, toy: str = "toy", rest: str = "") -> str:
-    return f"L = {layers}, M = {budget}{rest}, layer, states = {toy}({layers}, 0) of {FILE}"
-
-
 def manhattan(rows: Tensor, target: Tensor) -> Tensor:
     """In ``distances``' place, to tell a mistake there from one in the DP.
 
-    The same for targets of any length.
+    The same for targets of any length. Of several tokens: the mean.
     """
-    scaled = 3 * target / target.abs().sum()
-    return (rows - scaled).abs().sum(-1)
+    scaled = 3 * target / target.abs().sum(-1, keepdim=True)
+    return (rows - scaled).abs().sum(-1).reshape(len(rows), -1).mean(-1)
+
+
+def of_the_last_token(rows: Tensor, target: Tensor) -> Tensor:
+    """A ``measure`` of states of several tokens, which sees no more than one of them."""
+    return manhattan(rows[:, -1], target[-1])
 
 
 def cells(skipped, layers: int, budget: int, *_) -> frozenset:
@@ -71,6 +80,30 @@ def cells(skipped, layers: int, budget: int, *_) -> frozenset:
             if bool(skipped(i, j)):
                 found.add((i, j))
     return frozenset(found)
+
+
+class Kind(NamedTuple):
+    """States to choose by."""
+    seeds: int                # cases of each shape
+    tokens: int | None = None                          # None: (L+1, 4). Else (L+1, T, 4)
+    measure: Callable | None = None                    # None: ``distances``
+
+
+KINDS = {
+    "dp": Kind(3),
+    "dp of tokens": Kind(1, TOKENS),
+    "dp by another measure": Kind(1, TOKENS, of_the_last_token),
+}
+
+
+def named(
+    layers: int, budget: int, toy: str = "toy", rest: str = "", seed: int = 0, kind: Kind = Kind(1)
+) -> str:
+    """A case, in an example."""
+    of_tokens = "" if kind.tokens is None else f", {kind.tokens}"
+    measured = f", measure = {kind.measure.__name__}" if kind.measure else ""
+    return (f"L = {layers}, M = {budget}{rest}, layer, states = "
+            f"{toy}({layers}, {seed}{of_tokens}){measured} of {FILE}")
 
 
 @contextlib.contextmanager
@@ -101,29 +134,32 @@ def selected(select, layer, states: Tensor, budget: int, example: str, *smallest
 
 # ---------------------------------------------------------------------------- what both must do
 
-def same_sets(name: str):
+def same_sets(name: str, kind: str = "dp"):
     """Every case's choices, with doubles, so that only this function's own mistakes are found.
 
     Or else its sets as they are: it may do distances' and walk_back's work itself, and right.
     """
     try:
         with doubles():
-            golden_sets(name, "cells")
+            golden_sets(name, kind, "cells")
     except Exception as error:
         try:
-            golden_sets(name, "skip_sets")
+            golden_sets(name, kind, "skip_sets")
         except PropertyError:
             raise
         except Exception:
             raise error from None
 
 
-def golden_sets(name: str, key: str):
+def golden_sets(name: str, kind: str, key: str):
+    _, tokens, measure = KINDS[kind]
     select = function(name)
-    for case in golden()["dp"]:
+    if measure:
+        select = partial(select, measure=measure)
+    for case in golden()[kind]:
         layers, budget, seed = case["case"]
-        example = f"L = {layers}, M = {budget}, layer, states = toy({layers}, {seed}) of {FILE}"
-        sets, _ = selected(select, *toy(layers, seed), budget, example)
+        example = named(layers, budget, seed=seed, kind=KINDS[kind])
+        sets, _ = selected(select, *toy(layers, seed, tokens), budget, example)
         note = ", cells (i, j) that skip their layer" if key == "cells" else ""
         for m, (chosen, expected) in enumerate(zip(sets, case[key])):
             members = [tuple(e) if isinstance(e, list) else e for e in expected]
@@ -132,13 +168,20 @@ def golden_sets(name: str, key: str):
                   "g(i-1, j-1) as it is", f"{example}, m = {m}{note}")
 
 
-def same_cosines(name: str):
+def several_tokens(name: str):
+    """States of several tokens, by distances and by another measure."""
+    same_sets(name, "dp of tokens")
+    same_sets(name, "dp by another measure")
+    same_cosines(name, "dp of tokens")
+
+
+def same_cosines(name: str, kind: str = "dp"):
     """cos(h_L, g(L, m)): by really running each set, on states the layers do make of each other."""
     select = function(name)
-    for case in golden()["dp consistent"]:
+    for case in golden()[f"{kind}, consistent"]:
         layers, budget = case["case"]
-        layer, states = consistent_toy(layers, 0)
-        example = named(layers, budget, "consistent_toy")
+        layer, states = consistent_toy(layers, 0, KINDS[kind].tokens)
+        example = named(layers, budget, "consistent_toy", kind=KINDS[kind])
         with doubles():
             _, got = selected(select, layer, states, budget, example)
         if torch.allclose(torch.tensor(got), torch.tensor(case["manhattan"]), atol=1e-4):
@@ -146,7 +189,7 @@ def same_cosines(name: str):
         sets, got = selected(select, layer, states, budget, example)
         close(torch.tensor(got), [cosine_of(skip, layer, states) for skip in sets],
               "cosines[m] is the cosine of h_L and what the layers outside skip_sets[m] make of "
-              "h_0", example, ("m",))
+              "h_0, of several tokens the mean", example, ("m",))
 
 
 def cosine_of(skip, layer, states: Tensor) -> float:
@@ -154,7 +197,7 @@ def cosine_of(skip, layer, states: Tensor) -> float:
     for i in range(len(states) - 1):
         if i not in skip:
             x = layer(i, x)
-    return torch.cosine_similarity(x, states[-1:]).item()
+    return torch.cosine_similarity(x, states[-1:], dim=-1).mean().item()
 
 
 def largest(select, layer, states: Tensor, budget: int) -> frozenset:
@@ -266,6 +309,11 @@ def distances():
     close(distance(*random_rows()), golden()["distances"],
           "The distance of two directions is |u - v| of their unit vectors",
           "random rows (3, 8) and target", ("row",))
+    rows = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -3.0]]])
+    got = distance(rows, torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
+    close(got, [1.414214, 1.414214],
+          "Of candidates of T tokens (m, T, dim) it is the root of the mean square over the tokens",
+          f"candidates {show(rows)}, state [[1, 0], [0, -1]]", ("candidate",))
 
 
 def random_rows():
@@ -321,9 +369,14 @@ def random_tables():
         yield skipped, layers, budget
 
 
-@check(4, "The sets it chooses")
+@check(3, "The sets it chooses")
 def sets():
     same_sets("select_layers_plain")
+
+
+@check(1, "States of several tokens, and another measure")
+def states_of_tokens():
+    several_tokens("select_layers_plain")
 
 
 @check(2, "The cosines that belong to the sets")

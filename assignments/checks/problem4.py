@@ -12,6 +12,7 @@ from checks.problem3 import (
     same_cosines,
     same_sets,
     selected,
+    several_tokens,
     ties,
     toy,
 )
@@ -19,9 +20,14 @@ from checks.problem3 import (
 # ---------------------------------------------------------------------------- select_layers
 
 
-@check(4, "The sets it chooses")
+@check(3, "The sets it chooses")
 def sets():
     same_sets("select_layers")
+
+
+@check(1, "States of several tokens, and another measure")
+def states_of_tokens():
+    several_tokens("select_layers")
 
 
 @check(2, "The cosines that belong to the sets")
@@ -86,38 +92,48 @@ def cells_needed(layers: int, budget: int, least: int) -> int:
 # ---------------------------------------------------------------------------- candidate_layer
 
 CASES = ((1, 1, 1), (3, 1, 1), (1, 2, 2), (3, 2, 2), (3, 3, 2))    # see ``candidates``
+OF_TOKENS = ((2, 1, 1, 2), (5, 2, 2, 2), (5, 3, 2, 3))             # the same, and the tokens
 
 
-def candidates(length: int, rows: int, given: int, layers=(1,)):
-    """What candidate_layer gives marked layers for ``given`` of the ``rows`` announced.
+def candidates(length: int, count: int, given: int, tokens: int | None = None, layers=(1,)):
+    """What candidate_layer gives marked layers for ``given`` of the ``count`` announced.
 
-    ``length`` tokens are cached. Returns the layers' calls and the cache.
+    ``length`` tokens are cached. tokens: that a candidate is states of, (m, T, 8); None: (m, 8).
+    Returns the layers' calls and the cache.
     """
     calls = []
     cache = marked_cache(length)
-    layer = marked_model(calls).candidate_layer(cache, rows)
-    x = torch.zeros(given, 8)
-    x[:, 0] = 100.0 + torch.arange(given)
+    model = marked_model(calls)
+    if tokens is None:
+        shape = [given]
+        layer = model.candidate_layer(cache, count)
+    else:
+        shape = [given, tokens]
+        layer = model.candidate_layer(cache, count, tokens)
+    x = torch.zeros(*shape, 8)
+    x[..., 0] = 100.0 + torch.arange(x[..., 0].numel()).reshape(shape)
     for i in layers:
         got = layer(i, x)
         close(got, x + 2.0 ** i,
-              "layer(i, candidates) is decoder layer i on them: (m, dim) -> (m, dim)",
-              f"{case(length, given)}, layer {i} adding 2^{i}", ("candidate", "dimension"))
+              "layer(i, candidates) is decoder layer i on them, and gives what has their shape",
+              f"{case(length, given, tokens)}, layer {i} adding 2^{i}")
     equal([call.layer for call in calls], list(layers),
           "layer(i, candidates) runs decoder layer i, once for all candidates",
-          f"{case(length, given)}, layers asked for {list(layers)}: layers run")
+          f"{case(length, given, tokens)}, layers asked for {list(layers)}: layers run")
     return calls, cache
 
 
-def case(length: int, given: int) -> str:
-    marks = " and ".join(str(100 + r) for r in range(given))
+def case(length: int, given: int, tokens: int | None = None) -> str:
+    marks = " and ".join(str(100 + r) for r in range(given * (tokens or 1)))
+    if tokens:
+        return f"cache.length {length}, {given} candidates of {tokens} tokens, rows marked {marks}"
     return f"cache.length {length}, candidates marked {marks}"
 
 
-@check(4, "What a candidate sees")
+@check(3, "What a candidate sees")
 def sees():
-    for length, rows, given in CASES:
-        calls, _ = candidates(length, rows, given)
+    for length, count, given in CASES:
+        calls, _ = candidates(length, count, given)
         for r in range(given):
             example = (f"{case(length, given)}, p = {length - 1}, old slots marked by their "
                        f"number: marks of the slots that candidate {r} sees")
@@ -135,8 +151,8 @@ def sees():
 
 @check(3, "The cache's valid part")
 def valid_part():
-    for length, rows, given in CASES:
-        _, cache = candidates(length, rows, given, layers=(1, 2))
+    for length, count, given in CASES:
+        _, cache = candidates(length, count, given, layers=(1, 2))
         example = case(length, given)
         equal(cache.length, length,
               "candidate_layer leaves cache.length as it was", f"{example}: cache.length after")
@@ -153,8 +169,29 @@ def valid_part():
 
 @check(2, "The candidates' position")
 def position():
-    for length, rows, given in CASES:
-        calls, _ = candidates(length, rows, given)
+    for length, count, given in CASES:
+        calls, _ = candidates(length, count, given)
         stands_at(calls[0], [float(length - 1)] * given,
                   "All candidates stand at the position of the last cached token, "
                   "p = cache.length - 1, wherever their slots are", case(length, given))
+
+
+@check(1, "Candidates of several tokens")
+def candidates_of_tokens():
+    for length, count, given, tokens in OF_TOKENS:
+        calls, cache = candidates(length, count, given, tokens)
+        example = case(length, given, tokens)
+        places = [length - tokens + t for _ in range(given) for t in range(tokens)]
+        stands_at(calls[0], [float(place) for place in places],
+                  "Of T tokens, the last in the cache, each row stands at its own token's position",
+                  example)
+        for r, place in enumerate(places):
+            equal(sorted(calls[0].sees[r]), [*map(float, range(place)), 100.0 + r],
+                  "Each row of T tokens sees the slots before its own token's position, and its "
+                  "own", f"{example}: marks of the slots that row {r} sees")
+        marks = cache.marks(1)
+        equal([marks[slot] for slot in range(length)], [float(slot) for slot in range(length)],
+              "The DP must not overwrite the true keys and values",
+              f"{example}: marks of the valid slots")
+        equal(cache.length, length,
+              "candidate_layer leaves cache.length as it was", f"{example}: cache.length after")

@@ -12,21 +12,28 @@ def distances(candidates, state):
     target = target / target.norm(dim=-1, keepdim=True)
     length = rows.norm(dim=-1, keepdim=True)
     apart = rows / length - target
-    return apart.pow(2).sum(-1).sqrt().float()
+    square = apart.pow(2).sum(-1).reshape(len(rows), -1)         # (m, T)
+    return square.mean(-1).sqrt().float()
 
 
 distances.mistake(
     "from a float32 cosine",
-    ("return apart.pow(2).sum(-1).sqrt().float()",
+    ("return square.mean(-1).sqrt().float()",
      "cosine = torch.cosine_similarity(rows.float(), target.float()[None], dim=-1)\n"
      "    return (2 - 2 * cosine).clamp(min=0).sqrt()"))
 distances.mistake(
+    "the sum over the tokens",
+    ("square.mean(-1)", "square.sum(-1)"))
+distances.mistake(
+    "the mean of the tokens' distances",
+    ("square.mean(-1).sqrt()", "square.sqrt().mean(-1)"))
+distances.mistake(
     "the cosine itself",
-    ("return apart.pow(2).sum(-1).sqrt().float()",
+    ("return square.mean(-1).sqrt().float()",
      "return (rows / length @ target).float()"))
 distances.mistake(
     "1 - cosine",
-    ("return apart.pow(2).sum(-1).sqrt().float()",
+    ("return square.mean(-1).sqrt().float()",
      "return (1 - rows / length @ target).float()"))
 distances.mistake(
     "lengths not divided out",
@@ -79,8 +86,9 @@ walk_back.mistake(
 
 
 @solves("dp_skip.select_layers_plain")
-def select_layers_plain(layer, states, budget):
+def select_layers_plain(layer, states, budget, measure=None):
     layers = dp_skip.layer_count(states, budget)
+    measure = measure or dp_skip.distances
     column = {0: states[0]}                            # survivors, by j
     choice = {}
     for i in range(1, layers + 1):
@@ -97,7 +105,7 @@ def select_layers_plain(layer, states, budget):
                 continue
             ran = layer(i - 1, before[j][None])[0]
             pair = torch.stack((ran, before[j - 1]))
-            a, b = dp_skip.distances(pair, states[i]).tolist()
+            a, b = measure(pair, states[i]).tolist()
             choice[i, j] = not a <= b
             column[j] = pair[int(choice[i, j])]
     finals = torch.stack([column[m] for m in range(budget + 1)])
@@ -111,6 +119,16 @@ def select_layers_plain(layer, states, budget):
 select_layers_plain.mistake(
     "states in float32",
     ("    column = {0", "    states = states.float()\n    column = {0"))
+select_layers_plain.mistake(
+    "another measure ignored",
+    ("measure(pair", "dp_skip.distances(pair"))
+select_layers_plain.mistake(
+    "of several tokens the last",
+    ("    column = {0",
+     "    states = states if states.dim() == 2 else states[:, -1]\n    column = {0"))
+select_layers_plain.mistake(
+    "several tokens as one long state",
+    ("    column = {0", "    states = states.flatten(1)\n    column = {0"))
 select_layers_plain.mistake(
     "min in place of max",
     ("not a <= b", "b > a"))

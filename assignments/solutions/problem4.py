@@ -8,8 +8,9 @@ from solutions.common import solves
 
 
 @solves("dp_skip.select_layers")
-def select_layers(layer, states, budget, smallest=0):
+def select_layers(layer, states, budget, smallest=0, measure=None):
     layers = dp_skip.layer_count(states, budget, smallest)
+    measure = measure or dp_skip.distances
     column = {0: states[0]}                            # survivors, by j
     choice = {}
     for i in range(1, layers + 1):
@@ -23,7 +24,7 @@ def select_layers(layer, states, budget, smallest=0):
         ran = layer(i - 1, torch.stack([before[j] for j in cells]))
         for j, run in zip(cells, ran):
             pair = torch.stack((run, before[j - 1]))
-            a, b = dp_skip.distances(pair, states[i]).tolist()
+            a, b = measure(pair, states[i]).tolist()
             choice[i, j] = not a <= b
             column[j] = pair[int(choice[i, j])]
     budgets = range(smallest, budget + 1)
@@ -35,6 +36,13 @@ def select_layers(layer, states, budget, smallest=0):
 select_layers.mistake(
     "states in float32",
     ("    choice = {}\n", "    choice = {}\n    states = states.float()\n"))
+select_layers.mistake(
+    "another measure ignored",
+    ("measure(pair", "dp_skip.distances(pair"))
+select_layers.mistake(
+    "of several tokens the last",
+    ("    choice = {}\n",
+     "    choice = {}\n    states = states if states.dim() == 2 else states[:, -1]\n"))
 select_layers.mistake(
     "min in place of max",
     ("not a <= b", "b > a"))
@@ -67,62 +75,82 @@ select_layers.mistake(
 
 
 @solves("model.Llama.candidate_layer")
-def candidate_layer(self, cache, rows):
+def candidate_layer(self, cache, count, tokens=1):
     n = cache.length
-    p = n - 1
-    true = n - 1                                       # slots of true states that are seen
-    first = n                                          # slot of candidate 0
+    first = n                                          # slot of row 0
 
     def layer(i, candidates):
-        m = len(candidates)
+        rows = candidates.reshape(-1, candidates.shape[-1])
+        m = len(rows)
         height = m
         mask = torch.full((height, first + m), -math.inf)
-        mask[:, :true] = 0
+        places = []
         for r in range(m):
+            p = n - tokens + r % tokens
+            true = p                                   # slots of true states that are seen
+            mask[r, :true] = 0
             mask[r, first + r] = 0
-        cos = cache.cos[p].expand(m, -1)
-        sin = cache.sin[p].expand(m, -1)
+            places.append(p)
+        cos = cache.cos[places]
+        sin = cache.sin[places]
 
         def store(k, v):
             return cache.put(i, first, first + m, k, v)
 
-        return self.layers[i](candidates[None], cos, sin, mask, store)[0]
+        return self.layers[i](rows[None], cos, sin, mask, store)[0].reshape(candidates.shape)
 
     return layer
 
 
 candidate_layer.mistake(
     "candidates as a batch",
-    ("candidates[None], cos, sin, mask, store)[0]",
-     "candidates[:, None], cos[:1], sin[:1], mask[:1, :first + 1], store)[:, 0]"))
+    ("rows[None], cos, sin, mask, store)[0]",
+     "rows[:, None], cos[:1], sin[:1], mask[:1, :first + 1], store)[:, 0]"))
 candidate_layer.mistake(
     "candidates without a batch",
-    ("candidates[None], cos, sin, mask, store)[0]", "candidates, cos, sin, mask, store)"))
+    ("rows[None], cos, sin, mask, store)[0]", "rows, cos, sin, mask, store)"))
 candidate_layer.mistake(
     "cos and sin of different positions",
-    ("cache.sin[p]", "cache.sin[p + 1]"))
+    ("cache.sin[places]", "cache.sin[[p + 1 for p in places]]"))
 candidate_layer.mistake(
     "candidates see each other",
     ("mask[r, first + r] = 0", "mask[r, first:first + r + 1] = 0"))
 candidate_layer.mistake(
     "slot p seen",
-    ("true = n - 1", "true = n"))
+    ("true = p", "true = p + 1"))
 candidate_layer.mistake(
     "true keys and values overwritten",
     ("first = n", "first = n - 1"))
 candidate_layer.mistake(
     "position counted from the slot",
-    ("cache.cos[p].expand(m, -1)", "cache.cos[n:n + m]"),
-    ("cache.sin[p].expand(m, -1)", "cache.sin[n:n + m]"))
+    ("places.append(p)", "places.append(n + r)"))
 candidate_layer.mistake(
     "own keys not seen",
     ("mask[r, first + r] = 0", "pass"))
 candidate_layer.mistake(
     "mask for the announced rows only",
-    ("height = m", "height = rows"))
+    ("height = m", "height = count * tokens"))
 candidate_layer.mistake(
     "position of the next token",
-    ("p = n - 1", "p = n"))
+    ("places.append(p)", "places.append(p + 1)"))
 candidate_layer.mistake(
     "cache.length moved",
     ("return cache.put(", "cache.length += m\n            return cache.put("))
+candidate_layer.mistake(
+    "several tokens all at the last one's position",
+    ("n - tokens + r % tokens", "n - 1"))
+candidate_layer.mistake(
+    "several tokens from last to first",
+    ("n - tokens + r % tokens", "n - 1 - r % tokens"))
+candidate_layer.mistake(
+    "rows of several tokens taken token by token",
+    ("r % tokens", "r // (m // tokens)"))
+candidate_layer.mistake(
+    "the true states of the other tokens not seen",
+    ("true = p", "true = n - tokens"))
+candidate_layer.mistake(
+    "a candidate's own rows seen, of earlier tokens",
+    ("mask[r, first + r] = 0", "mask[r, first + r - r % tokens:first + r + 1] = 0"))
+candidate_layer.mistake(
+    "the rows of several tokens as they went through the layer",
+    (".reshape(candidates.shape)", ""))
