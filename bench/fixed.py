@@ -71,7 +71,7 @@ class Written:
         accepted = torch.zeros_like(row)
         for i in range(length):
             slots = cache.tokens + length * row + i       # of each row's own keys and values
-            mask[row, slots] = 0
+            mask = mask.index_put((row, slots), mask.new_zeros(()))   # a new one: see FoldOnce
             drafted = self.draft_token(skip, drafted, place + i, slots, mask)
             right &= drafted == tokens[place + i + 1]
             accepted += right
@@ -100,8 +100,13 @@ class Written:
         return keys[:, :, :end], values[:, :, :end]
 
     @torch.inference_mode()
-    def chosen(self, place: int, budget: int, tokens: int) -> frozenset[int]:
-        """The DP's set before a place, by the last tokens' states, as ``Clasp`` chooses it."""
+    def chosen(self, place: int, budget: int, tokens: int) -> frozenset[int] | None:
+        """The DP's set before a place, by the last tokens' states, as ``Clasp`` chooses it.
+
+        None where there are no tokens before.
+        """
+        if place == 0:
+            return None
         first = max(0, place - tokens)
         slots = slice(place, place + budget * (place - first))
         covered = self.cache.slots[..., slots, :].clone()
@@ -113,16 +118,20 @@ class Written:
         self.cache.slots[..., slots, :] = covered
         return selection.skip_sets[-1]
 
-    def walk(self, choose: Callable[[int, int], frozenset[int]]) -> tuple[int, int]:
+    def walk(self, choose: Callable[[int, int], frozenset[int] | None]) -> tuple[int, int]:
         """Tokens accepted and drafted in decoding this text.
 
-        choose(cycle, place): the layers that the draft after a place leaves out.
+        choose(cycle, place): the layers that the draft after a place leaves out. None: no draft
+        there, and so no cycle.
         """
         accepted = 0
         cycles = 0
         place = self.first
         while place in self.places:
             skip = choose(cycles, place)
+            if skip is None:
+                place += 1
+                continue
             if (skip, place) not in self.known:
                 ahead = list(self.places[place - self.first:][:AHEAD])
                 counts = self.accepted(skip, ahead, self.length)
@@ -145,9 +154,9 @@ def share_accepted_by_dp(texts: list[Written], budget: int, tokens: int, interva
     """By the set that the DP chooses after the prompt and then every ``interval`` cycles."""
     counts = []
     for text in texts:
-        skip = frozenset()
+        skip = None
 
-        def choose(cycle: int, place: int, text: Written = text) -> frozenset[int]:
+        def choose(cycle: int, place: int, text: Written = text) -> frozenset[int] | None:
             nonlocal skip
             if cycle % interval == 0:
                 skip = text.chosen(place, budget, tokens)

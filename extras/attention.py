@@ -113,7 +113,9 @@ def fold_mask(mask: Tensor | None, rows: int) -> Tensor | None:
 class FoldOnce:
     """A form that is given a folded mask. All layers of a pass have one mask: it is folded once.
 
-    The two are kept as one pair, since several threads may decode with one model.
+    The mask is known again by its identity: one that was given may not be changed in place after
+    that, unless it came folded. The two are kept as one pair, since several threads may decode with
+    one model.
     """
 
     def __init__(self, form: Callable):

@@ -11,6 +11,7 @@ from bench.fixed import (
     share_accepted,
     share_accepted_by_dp,
 )
+from extras.packed import pack
 from speculative import Clasp, FixedSet, Stats, autoregressive, decode
 
 LENGTH = 3
@@ -18,13 +19,15 @@ PROMPT = 12
 MOST_TOKENS = 60              # more than the scratch of a draft at many places has room for
 
 
-@pytest.fixture(scope="module")
-def model():
-    return random_model(layers=8)
+@pytest.fixture(scope="module", params=[False, True], ids=["as loaded", "packed"])
+def model(request):
+    """Packed, as the bench has it, a model takes another form of attention."""
+    model = random_model(layers=8)
+    return pack(model) if request.param else model
 
 
-def written(model, seed: int, tokens: int = 60) -> Written:
-    prompt = tokens_of(model, PROMPT, seed)
+def written(model, seed: int, tokens: int = 60, prompt_tokens: int = PROMPT) -> Written:
+    prompt = tokens_of(model, prompt_tokens, seed)
     answer = list(autoregressive(model, prompt, tokens))
     return Written(model, prompt, answer, LENGTH, opt_tokens=MOST_TOKENS)
 
@@ -44,7 +47,7 @@ def accepted_by_cycle(model, text: Written, drafter) -> list[int]:
         observe(text, outcome)
 
     drafter.observe = noted
-    prompt = text.tokens[:PROMPT]
+    prompt = text.tokens[:text.first + 1]
     stats = Stats()
     assert [*prompt, *decode(model, prompt, 60, drafter, stats=stats)] == text.tokens
     return counts
@@ -62,6 +65,18 @@ def walked(text: Written, choose) -> list[int]:
     return [later - place - 1 for place, later in zip(places, places[1:])]
 
 
+def by_the_dp(text: Written, tokens: int, interval: int):
+    chosen = None
+
+    def choose(cycle: int, place: int):
+        nonlocal chosen
+        if cycle % interval == 0:
+            chosen = text.chosen(place, 4, tokens)
+        return chosen
+
+    return choose
+
+
 @pytest.mark.parametrize("skip", [{2}, {1, 4, 5}, {0, 2, 3, 6, 7}])
 def test_a_walk_accepts_what_decoding_accepts(model, texts, skip):
     skip = frozenset(skip)
@@ -77,17 +92,23 @@ def test_a_walk_by_the_dp_accepts_what_clasp_accepts(model, texts, tokens, inter
     for text in texts:
         clasp = Clasp(model, 4, LENGTH, opt_interval=interval, opt_tokens=tokens)
         decoded = accepted_by_cycle(model, text, clasp)
-        chosen = {}
-
-        def choose(cycle: int, place: int, text=text, chosen=chosen):
-            if cycle % interval == 0:
-                chosen["set"] = text.chosen(place, 4, tokens)
-            return chosen["set"]
-
-        counts = walked(text, choose)
+        counts = walked(text, by_the_dp(text, tokens, interval))
         assert counts == decoded[:len(counts)]
     share = share_accepted_by_dp(texts, 4, tokens, interval)
     assert 0 <= share <= 1
+
+
+@pytest.mark.parametrize("tokens, interval", [(1, 4), (8, 128)])
+def test_after_a_prompt_of_one_token_the_first_cycle_has_no_draft_in_either(
+    model, tokens, interval
+):
+    text = written(model, seed=1, prompt_tokens=1)
+    clasp = Clasp(model, 4, LENGTH, opt_interval=interval, opt_tokens=tokens)
+    decoded = accepted_by_cycle(model, text, clasp)
+    counts = walked(text, by_the_dp(text, tokens, interval))
+    assert decoded[0] == counts[0] == 0
+    assert counts == decoded[:len(counts)]
+    assert share_accepted_by_dp([text], 4, tokens, interval) > 0
 
 
 def test_all_is_accepted_of_a_draft_that_skips_nothing(texts):
