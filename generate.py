@@ -16,6 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -526,7 +527,8 @@ def write_whole(path: Path, text: str):
     except OSError as error:
         raise SettingsError(f"cannot write --trace {path}: {error.strerror}") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):                          # that it could not be made is said above
+            beside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------- comparing

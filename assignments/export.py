@@ -88,6 +88,8 @@ def export(out: Path, problems: list[int]):
     shutil.copytree(HERE / "checks", out / "checks", ignore=IGNORED)
     for name in CORE:                                  # what the grader puts the functions into
         write(out / "checks" / "core" / f"{name}.py", sources[name])
+    for name in KEPT_BACK:
+        shutil.copy(HERE / "stand_ins" / "kept_back.py", out / f"{name.replace('.', '/')}.py")
     for name in ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore"):
         shutil.copy(ROOT / name, out)
     for name in ("trace.html", "trace.css"):                             # trace.py's page

@@ -54,7 +54,20 @@ INSIDE = {                                             # modules, as attributes 
     for name in dir(module)
     if isinstance(getattr(module, name), ModuleType)
 }
-REFUSED = (set(sys.stdlib_module_names) | INSIDE) - HARMLESS | set("""
+OF_TORCH = set("""
+    BFloat16Tensor BoolTensor ByteTensor CharTensor DoubleTensor FloatTensor Generator HalfTensor
+    IntTensor LongTensor ModuleDict ParameterDict ShortTensor Size Tensor autocast broadcast_shapes
+    device dtype enable_grad finfo get_default_device get_default_dtype iinfo inference_mode
+    initial_seed is_grad_enabled is_inference_mode_enabled is_tensor layout manual_seed
+    memory_format no_grad seed set_grad_enabled unravel_index vmap
+""".split())
+MACHINERY = {                                          # what else torch has that is no operation on
+    name for name in dir(torch)                        # tensors: TorchScript, files, settings
+    if callable(getattr(torch, name))
+    and not hasattr(torch.Tensor, name)
+    and not hasattr(torch._C._VariableFunctions, name)
+} - OF_TORCH
+REFUSED = (set(sys.stdlib_module_names) | INSIDE) - HARMLESS | MACHINERY | set("""
     ABC ABCMeta Enum EnumMeta EnumType UserDict UserList UserString apply_ cached_property compile
     data_ptr format format_map from_buffer from_file frombuffer get_device_module import_ir_module
     load map2_ map_ mp mro numpy partialmethod save set_ share_memory_ singledispatch

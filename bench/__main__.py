@@ -106,6 +106,9 @@ def require_sensible(args: argparse.Namespace):
     page = page_of(args)
     require(not page.exists() or is_ours(page),
             f"{page} is no page that python -m bench made: it would be overwritten")
+    table = args.out.with_suffix(".csv")
+    require(args.speed or args.figures or page.exists() or not table.exists(),
+            f"{table} has no page that python -m bench made: it would be overwritten")
 
 
 def page_of(args: argparse.Namespace) -> Path:

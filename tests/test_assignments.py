@@ -119,6 +119,14 @@ def test_a_solution_of_100_points_decodes(short_leaderboard, monkeypatch):
     assert board["values"]["tau"] > 1
 
 
+@pytest.mark.parametrize("part", sorted(export.KEPT_BACK))
+def test_what_is_kept_back_says_so_in_one_line(exported, part):
+    """generate.py shows a SettingsError as such."""
+    command = [sys.executable, "-c", f"import {part}"]
+    done = subprocess.run(command, cwd=exported(), capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("speculative.SettingsError: --weights and ")
+
+
 def test_what_is_solved_gets_its_points_and_what_is_not_gets_none(exported, tmp_path):
     out = shutil.copytree(exported(), tmp_path / "solved")
     shutil.copy(ROOT / "dp_skip.py", out)
@@ -397,6 +405,10 @@ REFUSED = [                   # statements, and what is said of them
     ("torch.ops.aten", ".ops"),
     ("torch.library.Library", ".library"),
     ("torch.from_file('x')", ".from_file"),
+    ("torch.CompilationUnit('def f(): return torch.from_file(1)')", ".CompilationUnit"),
+    ("torch.PyTorchFileWriter('x')", ".PyTorchFileWriter"),
+    ("torch.import_ir_module_from_buffer(1)", ".import_ir_module_from_buffer"),
+    ("torch.set_num_threads(9)", ".set_num_threads"),
     ("torch.Tensor.tolist = print", "an assignment to .tolist"),
     ("import speculative\nspeculative.distribution = print", "an assignment to .distribution"),
     ("for torch.isclose in (print,): pass", "an assignment to .isclose"),
@@ -455,7 +467,8 @@ def test_nothing_that_code_may_import_leads_to_other_modules_or_to_the_interpret
         "torch.cpu", "torch.functional", "torch.linalg", "torch.nn.attention", "torch.random",
         "torch.special"}
     for value in (open, eval, exec, compile, getattr, setattr, vars, globals, type, __import__,
-                  Exception, BaseException):
+                  Exception, BaseException, torch.CompilationUnit, torch.PyTorchFileWriter,
+                  torch.from_file):
         assert id(value) not in reached
     metaclasses = [value for value in reached.values() if isinstance(value, type)
                    and issubclass(value, type)]

@@ -587,6 +587,15 @@ def test_a_page_that_somebody_else_wrote_is_not_overwritten(tmp_path, capsys, op
     assert page.read_text() == "# my notes\n"
 
 
+def test_a_table_that_somebody_else_wrote_is_not_overwritten(tmp_path, capsys):
+    table = tmp_path / "notes.csv"
+    table.write_text("my,own,figures\n")
+    assert program.main([*TINY, "--out", str(table.with_suffix(".jsonl"))]) == 2
+    assert "would be overwritten" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [table]
+    assert table.read_text() == "my,own,figures\n"
+
+
 @pytest.mark.parametrize("argv, package", [
     ([], "optuna"),
     (["--figures", "folder"], "matplotlib"),

@@ -247,6 +247,11 @@ def test_a_page_that_cannot_be_written_leaves_the_one_that_was_there(tmp_path, m
     assert sorted(tmp_path.iterdir()) == [file, tmp_path / "run.html.new"]
 
 
+def test_a_name_that_leaves_no_room_for_the_file_beside_it_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="cannot write --trace .*: File name too long"):
+        generate.write_whole(tmp_path / ("x" * 245 + ".html"), "text")
+
+
 def test_a_pipe_is_no_page(tmp_path, capsys):
     file = tmp_path / "run.html"
     os.mkfifo(file)
