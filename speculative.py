@@ -443,6 +443,11 @@ class FixedSet(SkippingDrafter):
         super().__init__(draft_length, exit_threshold)
         self.skip = skip
 
+    def begin(self, text: Text, hidden: Tensor | None):
+        last = len(text.model.layers) - 1
+        require(all(0 <= i <= last for i in self.skip),
+                f"the layers to skip lie between 0 and {last}, not {sorted(self.skip)}")
+
 
 class Clasp(SkippingDrafter):
     """Leaves out those layers that the DP found to matter least at recent tokens (§3.4).

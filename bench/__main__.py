@@ -94,7 +94,8 @@ def require_sensible(args: argparse.Namespace):
     require(args.repeat >= 1, "--repeat must be at least 1")
     require_known(args.methods)
     for temperature in args.temperatures:
-        require_sampling(temperature, seed=args.seed)
+        for seed in (args.seed, args.seed + args.repeat):  # each race has a seed of its own
+            require_sampling(temperature, seed=seed)
     for package in packages_needed(args):
         require(find_spec(package), f"this needs another package: pip install {package}")
     file = args.speed or args.out

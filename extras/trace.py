@@ -84,7 +84,7 @@ class Traced(Drafter):
         return draft
 
     def observe(self, text: Text, outcome: Outcome):
-        self.cycles[-1].seconds = outcome.seconds
+        self.cycles[-1].seconds = dict(outcome.seconds)
         self.drafter.observe(text, outcome)
         self.note_dp(outcome.hidden)
 

@@ -568,6 +568,7 @@ def test_the_steps_are_timed_and_compared_with_transformers(tmp_path, capsys):
     (["--synthetic", "llama3-8b", "--model", "x"], "not both"),
     (["--temperatures", "0,1e-9"], "temperature must be"),
     (["--seed", "-1"], "seed must lie"),
+    (["--seed", str(2 ** 63 - 1)], "seed must lie"),
 ], ids=str)
 def test_mistakes_are_one_line(tmp_path, capsys, argv, word):
     assert program.main([*TINY, "--out", str(tmp_path / "x.jsonl"), *argv]) == 2

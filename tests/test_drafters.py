@@ -11,6 +11,7 @@ from speculative import (
     Draft,
     Drafter,
     FixedSet,
+    SettingsError,
     Stats,
     Text,
     autoregressive,
@@ -83,6 +84,12 @@ def test_a_draft_ends_after_a_token_that_it_is_not_sure_of(temperature, top_p):
         expected = tokens[:unsure[0] + 1] if unsure else tokens
         drafter = FixedSet({2, 3}, draft_length=6, exit_threshold=threshold)
         assert drafter.propose(new_text(model, [1, 2, 3, 4], **chosen), 6).tokens == expected
+
+
+@pytest.mark.parametrize("skip", [{99}, {-1, 2}, range(1, 7)], ids=str)
+def test_layers_that_a_model_does_not_have_are_refused(skip):
+    with pytest.raises(SettingsError, match="layers to skip lie between 0 and 5, not"):
+        list(decode(random_model(layers=6), [1, 2, 3], 5, FixedSet(skip)))
 
 
 def test_a_draft_ends_after_a_stop_token_and_at_its_length():

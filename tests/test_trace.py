@@ -15,6 +15,7 @@ from conftest import IN_ASCII, ROOT, random_model, tokens_of
 
 import extras.skipping
 import generate
+import speculative
 from checkpoint import BUNDLED, Tokenizer
 from extras.auto import Auto
 from extras.trace import Traced, page, record
@@ -139,6 +140,23 @@ class Handing(Drafter):
     def __init__(self, model):
         clasp = Clasp(model, 12, opt_tokens=1)
         self.begin, self.propose, self.observe = clasp.begin, clasp.propose, clasp.observe
+
+
+def test_each_cycle_keeps_its_own_seconds(bundled, tokenizer, monkeypatch):
+    """Also of a loop that tells the drafter of one dictionary in all cycles."""
+    outcome = speculative.Outcome
+    seconds = {}
+
+    def with_one_dictionary(draft, accepted, hidden, laps):
+        seconds.clear()
+        seconds.update(laps)
+        return outcome(draft, accepted, hidden, seconds)
+
+    monkeypatch.setattr(speculative, "Outcome", with_one_dictionary)
+    traced = Traced(Clasp(bundled, 16))
+    list(decode(bundled, tokenizer.encode("Once"), 30, traced))
+    kept = [cycle.seconds for cycle in traced.cycles[:-1]]       # of the last nobody is told
+    assert len({tuple(times.items()) for times in kept}) == len(kept) > 2
 
 
 def test_a_drafter_of_ones_own_is_traced_without_tables(bundled, tokenizer):

@@ -741,10 +741,14 @@ def drafted():
         equal([one.skip for one in seen.drafts[4:]], [frozenset()],
               "With an empty set to skip, as M = 0 has it, the draft is by all layers",
               "skip {}: what each call of draft_by_skipping was to skip")
+        speculative.FixedSet(frozenset({1}), 3, 0.0).propose(text_of([1, 2]), 9)
+        equal([one.most for one in seen.drafts[5:]], [3],
+              "A draft is at most K tokens, with an exit threshold or without",
+              "K = 3, room for 9, exit_threshold 0: most, of each call of draft_by_skipping")
         drafter = speculative.SkippingDrafter(3, 0.0)
         got = drafter.propose(text_of([1]), 9)
         require_draft(got, "propose", "skip None")
-        equal((got.tokens, len(seen.drafts)), ([], 5),
+        equal((got.tokens, len(seen.drafts)), ([], 6),
               "While no layers are chosen (skip is None) nothing is drafted",
               "skip None: tokens, and calls of draft_by_skipping")
 

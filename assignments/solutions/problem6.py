@@ -371,6 +371,10 @@ skipping_propose.mistake(
     "drafts to the end of the room",
     ("min(self.draft_length, most)", "most"))
 skipping_propose.mistake(
+    "drafts to the end of the room where there is no threshold",
+    ("min(self.draft_length, most)",
+     "min(self.draft_length, most) if self.exit_threshold else most"))
+skipping_propose.mistake(
     "more than there is room for",
     ("min(self.draft_length, most)", "self.draft_length"))
 skipping_propose.mistake(
