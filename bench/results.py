@@ -49,6 +49,12 @@ def parsed(content: bytes) -> dict[tuple, dict]:
         return {}
 
 
+def with_answers(question: Question) -> list[str]:
+    """A question's turns, and between them something that stands for the answers."""
+    conversation = [part for turn in question.turns for part in (turn, "answer")]
+    return conversation[:-1]
+
+
 def header_of(target: Target, args, questions: list[Question]) -> dict:
     """What a stopped run must have in common with the one that goes on with it.
 
@@ -56,7 +62,7 @@ def header_of(target: Target, args, questions: list[Question]) -> dict:
     search goes on from text to text.
     """
     order = [list(args.methods), args.repeat, list(args.temperatures)]
-    asked = [(*question, target.encode(question.turns[:1])) for question in questions]
+    asked = [(*question, target.encode(with_answers(question))) for question in questions]
     return {
         "model": target.name,
         "weights": target.fingerprint,

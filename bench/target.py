@@ -194,7 +194,11 @@ def load_target(args: argparse.Namespace) -> Target:
 def fingerprint_of(model: Llama) -> float:
     """A number that all weights have a part in, whatever form they are kept in."""
     tokens = torch.arange(min(8, model.config.vocab_size), device=model.device).unsqueeze(0)
-    return model.logits(model(tokens)[-1]).double().abs().sum().item()
+    number = model.logits(model(tokens)[-1]).double().abs().sum().item()
+    if not model.config.tie_word_embeddings:               # these tokens read some rows of it only
+        rows = model.embed.weight.sum(1, dtype=torch.float64)
+        number += (rows @ torch.arange(len(rows), device=rows.device).double()).item()
+    return number
 
 
 def typed_settings(args) -> dict:

@@ -466,6 +466,19 @@ def test_runs_that_draft_by_another_auto_or_ask_otherwise_are_other_runs(tmp_pat
     assert header("--model", str(folder)) not in (before, stops)
 
 
+def test_a_template_that_another_turn_is_put_into_otherwise_is_another_run(tmp_path):
+    folder = shutil.copytree(BUNDLED, tmp_path / "m")
+    args = program.arguments(["--model", str(folder), "--device", DEVICE, "--dtype", "float32"])
+
+    def header(template: str) -> dict:
+        (folder / "chat_template.jinja").write_text(template)
+        return header_of(load_target(args), args, [Question("1", "qa", ["A dog", "And a cat?"])])
+
+    text = "{% for m in messages %}{{ m.content }}{{ '!' if m.role == 'X' }}{% endfor %}"
+    assert header(text.replace("X", "user")) != header(text.replace("X", "assistant"))
+    assert header(text.replace("X", "assistant")) != header(text)
+
+
 def test_a_temperature_that_is_given_twice_counts_once():
     assert program.arguments(["--temperatures", "0,1,1.0,-0"]).temperatures == [0, 1]
 
@@ -474,6 +487,9 @@ def test_the_fingerprint_sees_every_layer():
     model = random_model()
     before = fingerprint_of(model)
     assert fingerprint_of(random_model()) == before
+    rolled = random_model()
+    rolled.embed.weight[8:] = rolled.embed.weight[8:].roll(1, 0)
+    assert fingerprint_of(rolled) != before
     model.layers[-1].down.weight.mul_(1.01)
     assert fingerprint_of(model) != before
 
