@@ -89,7 +89,8 @@ def export(out: Path, problems: list[int]):
     for name in CORE:                                  # what the grader puts the functions into
         write(out / "checks" / "core" / f"{name}.py", sources[name])
     for name in KEPT_BACK:
-        shutil.copy(HERE / "stand_ins" / "kept_back.py", out / f"{name.replace('.', '/')}.py")
+        place = project_modules()[name].relative_to(ROOT)
+        shutil.copy(HERE / "stand_ins" / "kept_back.py", out / place)
     for name in ("LICENSE", "requirements.txt", "pyproject.toml", ".gitignore"):
         shutil.copy(ROOT / name, out)
     for name in ("trace.html", "trace.css"):                             # trace.py's page

@@ -60,8 +60,8 @@ def make(seed: int = 0) -> dict:
             "layer": whole_layer(),
             **parts(),
             **{name: dp_cases(kind) for name, kind in problem3.KINDS.items()},
-            **{f"{name}, consistent": consistent_cases(problem3.KINDS[name].tokens)
-               for name in ("dp", "dp of tokens")},
+            **{f"{name}, consistent": consistent_cases(kind.tokens)
+               for name, kind in problem3.KINDS.items() if kind.measure is None},
             "texts": texts(),
         }
     use_golden(made)

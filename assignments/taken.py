@@ -61,8 +61,9 @@ OF_TORCH = set("""
     initial_seed is_grad_enabled is_inference_mode_enabled is_tensor layout manual_seed
     memory_format no_grad seed set_grad_enabled unravel_index vmap
 """.split())
-MACHINERY = {                                          # what else torch has that is no operation on
-    name for name in dir(torch)                        # tensors: TorchScript, files, settings
+# What else torch has that is no operation on tensors: TorchScript, files, settings.
+MACHINERY = {
+    name for name in dir(torch)
     if callable(getattr(torch, name))
     and not hasattr(torch.Tensor, name)
     and not hasattr(torch._C._VariableFunctions, name)

@@ -152,19 +152,22 @@ def share_accepted(texts: list[Written], skip: frozenset[int]) -> float:
 
 def share_accepted_by_dp(texts: list[Written], budget: int, tokens: int, interval: int) -> float:
     """By the set that the DP chooses after the prompt and then every ``interval`` cycles."""
-    counts = []
-    for text in texts:
-        skip = None
-
-        def choose(cycle: int, place: int, text: Written = text) -> frozenset[int] | None:
-            nonlocal skip
-            if cycle % interval == 0:
-                skip = text.chosen(place, budget, tokens)
-            return skip
-
-        counts.append(text.walk(choose))
+    counts = [text.walk(by_the_dp(text, budget, tokens, interval)) for text in texts]
     accepted, drafted = torch.tensor(counts).sum(0).tolist()
     return accepted / drafted
+
+
+def by_the_dp(text: Written, budget: int, tokens: int, interval: int) -> Callable:
+    """What ``walk`` is to choose by, see ``share_accepted_by_dp``."""
+    skip = None
+
+    def choose(cycle: int, place: int) -> frozenset[int] | None:
+        nonlocal skip
+        if cycle % interval == 0:
+            skip = text.chosen(place, budget, tokens)
+        return skip
+
+    return choose
 
 
 # ---------------------------------------------------------------------------- fixed sets

@@ -186,9 +186,10 @@ def results_of_equal_rows(model: Llama, width: int, slots: int, seed: int):
         yield from (new[0].transpose(0, 1) for new in made)
         yield state[0]
         yield model.logits(state)[0]
+    seen = [(keys, values), cancelling(keys, values)]
     for _ in range(ATTENTION_TRIALS):
         q = some(1, c.num_attention_heads, 1, c.head_dim).repeat(1, 1, width, 1)
-        for k, v in ((keys, values), cancelling(keys, values)):
+        for k, v in seen:
             yield model.layers[0].attend(q, k, v, mask).transpose(0, 2)
 
 

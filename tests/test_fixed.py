@@ -6,6 +6,7 @@ from bench.fixed import (
     Written,
     best_fixed_set,
     blocks,
+    by_the_dp,
     first_tokens_right,
     most_frequent,
     share_accepted,
@@ -65,18 +66,6 @@ def walked(text: Written, choose) -> list[int]:
     return [later - place - 1 for place, later in zip(places, places[1:])]
 
 
-def by_the_dp(text: Written, tokens: int, interval: int):
-    chosen = None
-
-    def choose(cycle: int, place: int):
-        nonlocal chosen
-        if cycle % interval == 0:
-            chosen = text.chosen(place, 4, tokens)
-        return chosen
-
-    return choose
-
-
 @pytest.mark.parametrize("skip", [{2}, {1, 4, 5}, {0, 2, 3, 6, 7}])
 def test_a_walk_accepts_what_decoding_accepts(model, texts, skip):
     skip = frozenset(skip)
@@ -92,7 +81,7 @@ def test_a_walk_by_the_dp_accepts_what_clasp_accepts(model, texts, tokens, inter
     for text in texts:
         clasp = Clasp(model, 4, LENGTH, opt_interval=interval, opt_tokens=tokens)
         decoded = accepted_by_cycle(model, text, clasp)
-        counts = walked(text, by_the_dp(text, tokens, interval))
+        counts = walked(text, by_the_dp(text, 4, tokens, interval))
         assert counts == decoded[:len(counts)]
     share = share_accepted_by_dp(texts, 4, tokens, interval)
     assert 0 <= share <= 1
@@ -105,7 +94,7 @@ def test_after_a_prompt_of_one_token_the_first_cycle_has_no_draft_in_either(
     text = written(model, seed=1, prompt_tokens=1)
     clasp = Clasp(model, 4, LENGTH, opt_interval=interval, opt_tokens=tokens)
     decoded = accepted_by_cycle(model, text, clasp)
-    counts = walked(text, by_the_dp(text, tokens, interval))
+    counts = walked(text, by_the_dp(text, 4, tokens, interval))
     assert decoded[0] == counts[0] == 0
     assert counts == decoded[:len(counts)]
     assert share_accepted_by_dp([text], 4, tokens, interval) > 0

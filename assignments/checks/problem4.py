@@ -103,15 +103,11 @@ def candidates(length: int, count: int, given: int, tokens: int | None = None, l
     """
     calls = []
     cache = marked_cache(length)
-    model = marked_model(calls)
-    if tokens is None:
-        shape = [given]
-        layer = model.candidate_layer(cache, count)
-    else:
-        shape = [given, tokens]
-        layer = model.candidate_layer(cache, count, tokens)
-    x = torch.zeros(*shape, 8)
-    x[..., 0] = 100.0 + torch.arange(x[..., 0].numel()).reshape(shape)
+    of_tokens = [] if tokens is None else [tokens]
+    layer = marked_model(calls).candidate_layer(cache, count, *of_tokens)
+    x = torch.zeros(given, *of_tokens, 8)
+    marks = x[..., 0]
+    marks += 100.0 + torch.arange(marks.numel()).view_as(marks)
     for i in layers:
         got = layer(i, x)
         close(got, x + 2.0 ** i,
