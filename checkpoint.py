@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from itertools import cycle
+from itertools import cycle, groupby
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
@@ -555,7 +555,7 @@ class Tokenizer:
         start = 0                                      # decoding begins here
         shown = len(prompt)                            # the text of the tokens before this is out
         known = self.decode(prompt)                    # the text from start to shown
-        if not self.is_text_of(prompt, known):         # a character is cut at the end
+        if self.is_cut(prompt):
             known = known.rstrip(BROKEN)
         for token in tokens:
             ids.append(token)
@@ -569,10 +569,14 @@ class Tokenizer:
         if shown < len(ids):
             yield self.decode(ids[start:])[len(known):]
 
-    def is_text_of(self, ids: list[int], text: str) -> bool:
-        """Does a text make these tokens, but for special ones?"""
-        ordinary = [i for i in ids if i not in self.special_ids]
-        return self.ids_of(text, False) == ordinary
+    def is_cut(self, ids: list[int]) -> bool:
+        """Do these tokens end within a character? If so, their text does not make them again.
+
+        Only what follows the last special token is asked: a text says nothing of where those were.
+        """
+        runs = [list(run) for special, run in groupby(ids, self.special_ids.__contains__)
+                if not special]
+        return bool(runs) and self.ids_of(self.decode(runs[-1]), False) != runs[-1]
 
     def is_undecided(self, token: int) -> bool:
         """Is it a byte such as <0xE6>, of LLaMA 1 and 2? Or special: bytes join across those."""

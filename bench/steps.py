@@ -182,7 +182,7 @@ def report(
         pairs = list(zip(rivals["theirs"], rivals["ours"]))
         ratio = statistics.median(theirs / ours for theirs, ours in pairs)
         page += ["", f"Plain decoding is {ratio:.2f}x as fast as transformers' generate "
-                     f"({GENERATED} tokens after {START}, {len(pairs)} pairs)."]
+                     f"({GENERATED} tokens after {min(START, tokens)}, {len(pairs)} pairs)."]
     return "\n".join(page) + "\n"
 
 
