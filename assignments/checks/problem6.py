@@ -243,6 +243,7 @@ class Played:
     stats: object
     tokens: list = field(default_factory=list)         # as they were yielded
     lengths: list = field(default_factory=list)        # cache.length at each yield
+    counts: list = field(default_factory=list)         # (cycles, drafted, accepted) at each
     begun: list = field(default_factory=list)          # what begin was given, and when
     drafts: list = field(default_factory=list)         # of each cycle
     judged: list = field(default_factory=list)         # what each acceptance was given
@@ -375,6 +376,8 @@ def play(
                     "begin is called once, before the first draft",
                     f"{told(prompt, count, script)}: not called before the first token")
             played.lengths.append(played.text.cache.length)
+            stats = played.stats
+            played.counts.append((stats.cycles, stats.drafted, stats.accepted))
             if len(played.tokens) > count + 5:
                 break
     equal(len(played.drafts), len(played.judged),
@@ -657,6 +660,19 @@ def statistics():
     ):
         equal(getattr(played.stats, name), expected,
               f"stats.{name} {meaning}", f"{example}: {name}")
+    equal(played.counts, counts(played),
+          "stats are up to date at every yield, as the caller may stop there: a cycle is counted "
+          "before its first token goes out",
+          f"{example}: (cycles, drafted, accepted) at each new token")
+
+
+def counts(played: Played) -> list[tuple[int, int, int]]:
+    """(cycles, drafted, accepted) as they should be at each yield."""
+    drafts = itertools.accumulate(len(judged.drafted) for judged in played.judged)
+    totals = zip(itertools.count(1), drafts, itertools.accumulate(played.accepted))
+    at_yields = [total for total, accepted in zip(totals, played.accepted)
+                 for _ in range(accepted + 1)]
+    return at_yields[:len(played.tokens)]
 
 
 # ---------------------------------------------------------------------------- CLaSp's drafter

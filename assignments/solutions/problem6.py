@@ -340,6 +340,17 @@ decode.mistake(
     "every source called draft",
     ("draft.source if", "\"draft\" if"))
 decode.mistake(
+    "cycles counted once their tokens are out, so not where a drafted one ends the text",
+    ("        stats.cycles += 1\n"
+     "        stats.drafted += len(draft.tokens)\n"
+     "        stats.accepted += accepted\n", ""),
+    ("            yield token\n",
+     "            yield token\n"
+     "            if i == accepted:\n"
+     "                stats.cycles += 1\n"
+     "                stats.drafted += len(draft.tokens)\n"
+     "                stats.accepted += accepted\n"))
+decode.mistake(
     "cycles counted after the drafter is told",
     ("stats.cycles += 1\n", "first = stats.cycles == 0\n"),
     ("if stats.cycles > 0:", "if stats.new_tokens:"),
