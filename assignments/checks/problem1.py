@@ -227,6 +227,9 @@ def attends():
           "The mask is added to the scores: a row sees the slots where it is 0",
           "2 rows, 3 slots with values 1, 3 and 8, row 0 may see slots 0 and 2, row 1 slots 1 and "
           "2", ("row",))
+    close(attention(column(0.0), k, v, mask[:1]).flatten(), [4.5],
+          "The mask is added to the scores of a single row, too",
+          "1 row, 3 slots with values 1, 3 and 8, of which it may see slots 0 and 2", ("row",))
 
     q = torch.tensor([2.0, 0.0])[None, None, None]
     k = torch.tensor([[1.0, 0.0], [0.0, 0.0]])[None, None]

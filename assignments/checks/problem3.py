@@ -279,6 +279,13 @@ DIRECTIONS = [                # sentence, row, its distance from (1, 0, 0)
     ("The distance of two directions is |u - v| of their unit vectors", [0.0, 5.0, 0.0], 1.414214),
     ("The distance of two directions is |u - v| of their unit vectors", [3.0, 4.0, 0.0], 0.894427),
 ]
+OF_TOKENS = [                 # candidates (m, T, dim), the state (T, dim), their distances
+    ([[[2.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -3.0]]], [[1.0, 0.0], [0.0, -1.0]],
+     [1.414214, 1.414214]),
+    ([[[3.0, 4.0], [0.0, 1.0]], [[4.0, 3.0], [5.0, 0.0]]], [[3.0, 4.0], [0.0, 2.0]],
+     [0.0, 1.019804]),
+    ([[[3.0, 4.0]], [[10.0, 1.0]]], [[3.0, 4.0]], [0.0, 0.804207]),
+]
 
 
 @check(2, "Distances")
@@ -309,11 +316,10 @@ def distances():
     close(distance(*random_rows()), golden()["distances"],
           "The distance of two directions is |u - v| of their unit vectors",
           "random rows (3, 8) and target", ("row",))
-    rows = torch.tensor([[[2.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -3.0]]])
-    got = distance(rows, torch.tensor([[1.0, 0.0], [0.0, -1.0]]))
-    close(got, [1.414214, 1.414214],
-          "Of candidates of T tokens (m, T, dim) it is the root of the mean square over the tokens",
-          f"candidates {show(rows)}, state [[1, 0], [0, -1]]", ("candidate",))
+    for rows, state, expected in OF_TOKENS:
+        close(distance(torch.tensor(rows), torch.tensor(state)), expected,
+              "Of candidates of T tokens (m, T, dim) it is the root of the mean square over the "
+              "tokens", f"candidates {rows}, state {state}", ("candidate",))
 
 
 def random_rows():

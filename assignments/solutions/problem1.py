@@ -170,6 +170,9 @@ attention.mistake(
     "mask forgotten",
     ("scores + mask", "scores"))
 attention.mistake(
+    "a single row's mask forgotten",
+    ("if mask is not None:", "if mask is not None and rows > 1:"))
+attention.mistake(
     "a batch's first text only",
     ("return scores.softmax(-1) @ v", "return (scores.softmax(-1) @ v)[:1].expand(q.shape)"))
 attention.mistake(

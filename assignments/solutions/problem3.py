@@ -22,6 +22,11 @@ distances.mistake(
      "cosine = torch.cosine_similarity(rows.float(), target.float()[None], dim=-1)\n"
      "    return (2 - 2 * cosine).clamp(min=0).sqrt()"))
 distances.mistake(
+    "each number of several tokens a direction of its own",
+    ("length = rows.norm(dim=-1, keepdim=True)", "length = rows.norm(dim=1, keepdim=True)"),
+    ("target = target / target.norm(dim=-1, keepdim=True)",
+     "target = target / target.norm(dim=0 if target.dim() > 1 else -1, keepdim=True)"))
+distances.mistake(
     "the sum over the tokens",
     ("square.mean(-1)", "square.sum(-1)"))
 distances.mistake(
