@@ -9,20 +9,21 @@ This file knows arguments (``arguments``), what follows from them (``Decoder``: 
 wide a pass) and printing. The drafter is speculative.Clasp if its settings are typed, and else
 extras.auto.Auto, which looks words up too, and decides itself.
 """
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)       # Ctrl-C while PyTorch loads: just end
+
 import argparse
 import itertools
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)       # Ctrl-C while PyTorch loads: just end
 
 import torch
 

@@ -145,7 +145,7 @@ def talk(conversation: Conversation, as_json: bool, say: Callable[[str], None]):
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing and history for input()
         say(HELP)
-    while (message := read_message(on_terminal)) != "/quit":
+    while (message := read_message(on_terminal, say)) != "/quit":
         if message == "/new":
             conversation.start_over()
             say("a new conversation")
@@ -157,8 +157,11 @@ def talk(conversation: Conversation, as_json: bool, say: Callable[[str], None]):
                 raise KeyboardInterrupt
 
 
-def read_message(on_terminal: bool) -> str:
-    """A line without the white space around it; /quit at the end of the input."""
+def read_message(on_terminal: bool, say: Callable[[str], None]) -> str:
+    """A line without the white space around it; /quit at the end of the input.
+
+    Raises SettingsError for bytes that are no UTF-8; on a terminal it says so, and the line is "".
+    """
     if not on_terminal:
         line = sys.stdin.readline()
         require_text(line)
@@ -167,6 +170,9 @@ def read_message(on_terminal: bool) -> str:
         line = input(SIGN)
         require_text(line)
         return line.strip()
+    except SettingsError as error:
+        say(str(error))
+        return ""
     except EOFError:
         print()
         return "/quit"

@@ -395,6 +395,20 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_the_talk_goes_on(tmp_path):
     os.close(terminal.screen)
 
 
+def test_on_a_terminal_a_line_that_is_no_text_is_not_taken_and_the_talk_goes_on(folder):
+    terminal = Terminal("--model", str(folder), "--max-new-tokens", str(TOKENS))
+    terminal.wait_for("> ")
+    os.write(terminal.screen, b"\xff\xfe\r")
+    terminal.wait_for("cannot read a message")
+    terminal.wait_for("> ")
+    terminal.type("Tell me.\r")
+    terminal.wait_for(r"\[12 tokens")
+    terminal.wait_for("> ")
+    terminal.type("/quit\r")
+    assert terminal.run.wait(timeout=60) == 0
+    os.close(terminal.screen)
+
+
 def test_common_prefix():
     for a, b, shared in [([], [1], 0), ([1, 2], [1, 2, 3], 2), ([1, 2, 3], [1, 5, 3], 1)]:
         assert common_prefix(a, b) == common_prefix(b, a) == shared

@@ -87,7 +87,7 @@ INTERVALS = (16, 64)
 def sweep(args):
     """The fastest fixed setting of each group, once; then that and auto, --repeat times."""
     target = load_target(args)
-    budgets = args.budgets or [round(target.layers * share) for share in SWEPT_SHARES]
+    budgets = args.budgets or swept_budgets(target.layers)
     once = Plan(args.max_new_tokens, repeat=1)
     prompts = ask(target, read_questions(limit=args.prompts), args.max_new_tokens, {})
     fresh = [prompt for prompt in prompts if not is_tried_on(prompt.question)]
@@ -108,6 +108,11 @@ def sweep(args):
         plan = replace(plan, repeat=args.repeat)
         lines = interleave(target, plain | rivals, fresh, plan, {})
         print_comparison(lines, best, len(grid), temperature)
+
+
+def swept_budgets(layers: int) -> list[int]:
+    """Numbers of layers to skip, of a model with so many: not all of them."""
+    return sorted({min(round(layers * share), layers - 1) for share in SWEPT_SHARES})
 
 
 def is_tried_on(question: str) -> bool:
