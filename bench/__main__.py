@@ -14,6 +14,7 @@ import random
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -110,6 +111,9 @@ def require_sensible(args: argparse.Namespace):
     table = args.out.with_suffix(".csv")
     require(args.speed or args.figures or page.exists() or not table.exists(),
             f"{table} has no page that python -m bench made: it would be overwritten")
+    require(not args.figures or page.exists() or not any(args.figures.glob("*.png")),
+            f"{args.figures} has pictures and no page that python -m bench made: they might be "
+            "overwritten")
 
 
 def page_of(args: argparse.Namespace) -> Path:
@@ -166,7 +170,8 @@ def make_table(target: Target, args, questions: list[Question]) -> str:
     return text
 
 
-def make_figures(target: Target, args, questions: list[Question]) -> str:
+def make_figures(target: Target, args, questions: list[Question]) -> Iterator[str]:
+    """The page with one figure, as soon as it is drawn, then with two, and so on."""
     args.figures.mkdir(parents=True, exist_ok=True)
     shuffled = random.Random(args.seed).sample(questions, len(questions))
     measured = first_turns(shuffled[:ACCEPTANCE_PROMPTS])
@@ -179,7 +184,7 @@ def make_figures(target: Target, args, questions: list[Question]) -> str:
         figures.save(figure, args.figures, f"{target.name}; {target.where}")
         say(f"  {args.figures / figure.name}.png, .csv")
         names.append(figure.name)
-    return figures.page(target, names)
+        yield figures.page(target, names)
 
 
 def first_turns(questions: list[Question]) -> list[Question]:
@@ -203,13 +208,14 @@ def run(argv: list[str]):
     target = load_target(args)
     say(f"{target.name}; {target.where}; {target.settings}")
     if args.speed:
-        text = make_steps(target, args, questions)
+        pages = [make_steps(target, args, questions)]
     elif args.figures:
-        text = make_figures(target, args, questions)
+        pages = make_figures(target, args, questions)
     else:
-        text = make_table(target, args, questions)
-    text += f"\n{MADE_BY}{command(argv, args.model)}`.\n"
-    page_of(args).write_text(text, encoding="utf-8")
+        pages = [make_table(target, args, questions)]
+    for text in pages:
+        text += f"\n{MADE_BY}{command(argv, args.model)}`.\n"
+        page_of(args).write_text(text, encoding="utf-8")
     print(text)
 
 

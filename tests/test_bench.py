@@ -604,6 +604,26 @@ def test_a_page_that_somebody_else_wrote_is_not_overwritten(tmp_path, capsys, op
     assert page.read_text() == "# my notes\n"
 
 
+def test_pictures_that_somebody_else_drew_are_not_overwritten(tmp_path, capsys):
+    picture = tmp_path / "acceptance.png"
+    picture.write_bytes(b"mine")
+    assert program.main([*TINY, "--figures", str(tmp_path)]) == 2
+    assert "might be overwritten" in capsys.readouterr().err
+    assert picture.read_bytes() == b"mine"
+
+
+def test_figures_that_were_stopped_have_a_page_of_what_is_drawn(tmp_path, monkeypatch, capsys):
+    def stopped(*args):
+        yield program.figures.Figure("first", [{"x": 1}], lambda axes: None)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(program.figures, "new_figures", stopped)
+    argv = [*TINY, "--limit", "1", "--max-new-tokens", "2", "--figures", str(tmp_path)]
+    for _ in range(2):                                     # the second time over its own
+        assert program.main(argv) == 130
+    assert "(first.png)" in (tmp_path / "figures.md").read_text()
+
+
 def test_a_table_that_somebody_else_wrote_is_not_overwritten(tmp_path, capsys):
     table = tmp_path / "notes.csv"
     table.write_text("my,own,figures\n")
