@@ -570,7 +570,7 @@ class Tokenizer:
             yield self.decode(ids[start:])[len(known):]
 
     def is_cut(self, ids: list[int]) -> bool:
-        """Do these tokens end within a character? If so, their text does not make them again.
+        """May these tokens end within a character? Then their text does not make them again.
 
         Only what follows the last special token is asked: a text says nothing of where those were.
         """
