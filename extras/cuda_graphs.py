@@ -75,9 +75,9 @@ class CacheMemory:
         return self.slots.shape[-2]
 
     def lend(self, cache: KVCache):
-        """Move a cache in here, with the tokens that it holds already."""
+        """Move a cache in here with all that it holds: who set its length back may go on later."""
         self.slots.zero_()
-        self.slots[..., :cache.length, :] = cache.slots[..., :cache.length, :]
+        self.slots[..., :cache.slots.shape[-2], :] = cache.slots
         cache.slots, cache.keys, cache.values = self.slots, self.keys, self.values
         cache.cos, cache.sin = self.cos, self.sin
 

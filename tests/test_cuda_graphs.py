@@ -573,6 +573,21 @@ def test_a_new_cache_takes_the_place_of_one_that_is_gone():
     assert filled.slots.isfinite().all()
 
 
+def test_a_cache_moves_in_with_what_lies_behind_its_length():
+    """As the bench sets a text back, chooses layers there and goes on."""
+    eager, graphed = pair()
+    list(autoregressive(graphed, tokens_of(eager, 40), 60))
+    gc.collect()
+    cache = KVCache(graphed, 60)
+    feed(eager, cache, tokens_of(eager, 50))             # before it meets the graphs
+    expected = cache.slots[..., :50, :].clone()
+    cache.length = 20
+    assert graphed.empty
+    feed(graphed, cache, [1])
+    assert not graphed.empty
+    assert torch.equal(cache.slots[..., 21:50, :], expected[..., 21:, :])
+
+
 def test_a_cache_that_is_too_small_is_not_kept():
     eager, graphed = pair(context=1024)
     list(autoregressive(graphed, [1, 2], 20))
