@@ -742,7 +742,7 @@ def tokens_beside(folder: Path, config: dict, known: dict) -> dict:
             return {int(i): known.get(text) or added_token(text, normalized=False)
                     for text, i in read_json(file).items()}
         return {int(i): added_token(token) for i, token in named.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise ModelError(f"{file}: no table of added tokens ({error})") from None
 
 

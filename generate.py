@@ -673,7 +673,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ModelError, SettingsError) as error:
         say("generate.py: " + " ".join(str(error).split()))
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         say("generate.py: out of memory: lower --max-new-tokens, shorten the prompt, or use "
@@ -695,8 +695,9 @@ def silence(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "allocate memory" in str(error)
 
 
 if __name__ == "__main__":

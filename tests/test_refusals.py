@@ -247,6 +247,8 @@ DAMAGE = {
         content("added_tokens.json", b'{"<|tool|>": 7}'), "token 7 is not"),
     "added tokens that are no table": (
         content("tokenizer_config.json", b'{"added_tokens_decoder": [3]}'), "no table of added"),
+    "an infinite id": (
+        content("added_tokens.json", b'{"<|tool|>": Infinity}'), "no table of added"),
     "special tokens that are no list": (
         content("tokenizer_config.json", b'{"additional_special_tokens": "<|a|>"}'), "not a list"),
     "an added token without text": (
@@ -357,7 +359,8 @@ def test_a_chat_template_without_end_ends(folder):
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nAnd further lines"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
-], ids=["GPU", "CPU"])
+    MemoryError("Cannot allocate memory (os error 12)"),
+], ids=["GPU", "CPU", "a file"])
 def test_out_of_memory_says_what_to_lower(capsys, monkeypatch, error):
     def fail(*_, **__):
         raise error
