@@ -99,7 +99,8 @@ def ask(target: Target, questions: list[Question], count: int, results: dict) ->
                 results[key] = {"key": list(key), "tokens": stats.tokens}
             answer = results[key]["tokens"]
             prompts.append(Prompt(question.name, turn, question.group, tokens, answer))
-            conversation.append(target.decode(answer))
+            ends = answer[-1] in target.stop           # a template has a sign of its own for that
+            conversation.append(target.decode(answer[:-1] if ends else answer))
     require(len(prompts) >= 1, "there is no question that fits the model's context")
     return prompts
 

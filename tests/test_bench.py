@@ -479,6 +479,20 @@ def test_a_template_that_another_turn_is_put_into_otherwise_is_another_run(tmp_p
     assert header(text.replace("X", "assistant")) != header(text)
 
 
+def test_an_answer_goes_into_the_conversation_without_its_stop_token(monkeypatch):
+    """The template has its own, though the token were not special."""
+    target = load_target(program.arguments(["--device", DEVICE]))
+    seen = []
+    monkeypatch.setattr(target, "encode", lambda turns: seen.append([*turns]) or [1, 2])
+    monkeypatch.setattr(target, "decode", str)
+    stop = next(iter(target.stop))
+    question = Question("q", "chat", ["Hi", "More", "End"])
+    results = {("q", turn, 0.0, 0, "reference"): {"tokens": tokens}
+               for turn, tokens in enumerate([[5, stop], [6, 7], [8]])}
+    bench.race.ask(target, [question], 3, results)
+    assert seen[-1] == ["Hi", "[5]", "More", "[6, 7]", "End"]
+
+
 def test_a_temperature_that_is_given_twice_counts_once():
     assert program.arguments(["--temperatures", "0,1,1.0,-0"]).temperatures == [0, 1]
 
