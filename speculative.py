@@ -149,8 +149,8 @@ class Text:
         self.tokens.append(token)
         self.roll_back()
         self.require_in_range(self.cache.length - 1)
-        self.stats.tokens.append(token)
         self.stats.sources.append(source)
+        self.stats.tokens.append(token)                # last: from here on the token counts
 
     def require_in_range(self, start: int):
         """Refuse keys and values, from a slot on, that were too large for the dtype."""

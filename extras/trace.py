@@ -53,6 +53,7 @@ class Traced(Drafter):
 
     def begin(self, text: Text, hidden: Tensor | None):
         self.text = text
+        self.prompt_length = len(text.tokens)
         self.cycles = []
         self.dp_runs: list[DPRun] = []
         kept = getattr(self.dp_drafter, "opt_tokens", 1)
@@ -129,13 +130,14 @@ def record(traced: Traced, tokenizer, plain: list[float], about: str) -> dict:
     about: what the page says of the run. tokenizer: see checkpoint.Tokenizer.
     """
     text = traced.text
-    prompt, new = text.tokens[:-text.stats.new_tokens], text.stats.tokens
-    cycles = [cycle for cycle in traced.cycles if cycle.start < len(text.tokens)]
+    new = text.stats.tokens                # Ctrl-C may have come before its last was among these
+    prompt = text.tokens[:traced.prompt_length]
+    cycles = [cycle for cycle in traced.cycles if cycle.start < len(prompt) + len(new)]
     cycles[-1].seconds = cycles[-1].seconds or dict(text.laps)     # the last had no ``observe``
     dp_runs = [run for run in traced.dp_runs if run.cycle < len(cycles)]
     # From the last to the first: a run writes candidates into the cache where later tokens were.
     tables = [dp_record(text, run) for run in reversed(dp_runs)][::-1]
-    written = [cycle_record(cycle, text, tokenizer) for cycle in cycles]
+    written = [cycle_record(cycle, text, len(prompt), tokenizer) for cycle in cycles]
     if text.temperature > 0:
         add_chances(written, cycles, text)
     return {
@@ -166,9 +168,9 @@ def sets_record(text: Text, cycles: list[Cycle], dp_runs: list[DPRun]) -> list[d
     ]
 
 
-def cycle_record(cycle: Cycle, text: Text, tokenizer) -> dict:
-    first = cycle.start - len(text.tokens) + text.stats.new_tokens
-    sources = text.stats.sources[first:]               # from this cycle on
+def cycle_record(cycle: Cycle, text: Text, prompt_length: int, tokenizer) -> dict:
+    first = cycle.start - prompt_length
+    sources = text.stats.sources[first:text.stats.new_tokens]      # from this cycle on
     accepted = len(list(takewhile(bool, sources[:len(cycle.draft.tokens)])))
     context = text.tokens[max(0, cycle.start - CONTEXT):cycle.start]
     return {

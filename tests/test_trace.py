@@ -201,6 +201,31 @@ def test_a_run_left_early_is_recorded_as_far_as_it_came(bundled, tokenizer):
     assert sum(cycle["count"] for cycle in found["cycles"]) == 7
 
 
+class Full(list):
+    """What holds six and then is interrupted."""
+
+    def append(self, one):
+        if len(self) == 6:
+            raise KeyboardInterrupt
+        super().append(one)
+
+
+@pytest.mark.parametrize("where", ["tokens", "sources"])
+def test_a_run_interrupted_while_a_token_is_noted_is_recorded_as_far_as_it_came(
+        bundled, tokenizer, where):
+    traced = Traced(Clasp(bundled, 17))
+    stats = Stats(**{where: Full()})
+    prompt = tokenizer.encode(PROMPT)
+    with pytest.raises(KeyboardInterrupt):
+        list(decode(bundled, prompt, NEW_TOKENS, traced, stats=stats))
+    found = record(traced, tokenizer, [], "")
+    assert found["prompt"] == tokenizer.decode(prompt)
+    assert found["ids"] == stats.tokens
+    assert len(found["ids"]) == len(found["pieces"]) == 6
+    assert [cycle["first"] for cycle in found["cycles"]][:1] == [0]
+    assert sum(cycle["count"] for cycle in found["cycles"]) == 6
+
+
 def test_no_text_can_end_the_record_within_the_page():
     found = {"pieces": ["</script><!--"]}
     written = page(found)
