@@ -130,8 +130,8 @@ def record(traced: Traced, tokenizer, plain: list[float], about: str) -> dict:
     about: what the page says of the run. tokenizer: see checkpoint.Tokenizer.
     """
     text = traced.text
-    new = text.stats.tokens                # Ctrl-C may have come before its last was among these
     prompt = text.tokens[:traced.prompt_length]
+    new = text.stats.tokens                # after Ctrl-C text.tokens may hold one more, half noted
     cycles = [cycle for cycle in traced.cycles if cycle.start < len(prompt) + len(new)]
     cycles[-1].seconds = cycles[-1].seconds or dict(text.laps)     # the last had no ``observe``
     dp_runs = [run for run in traced.dp_runs if run.cycle < len(cycles)]
