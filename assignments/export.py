@@ -49,11 +49,14 @@ sets, cosines = select_layers_plain(layer, states, budget, measure)
 return Selection(sets[smallest:], cosines[smallest:])
 """
 
-# In DP_TESTS: a test that wants the fast form, and a third writing of the DP. What calls them goes
-# with them.
-DP_TESTS = "test_dp_skip.py"
+# What of the tests stays behind, by file: a test that wants the fast form, a third writing of the
+# DP, and who asks for the DP's tables, which are read from a DP that is written as ours. What calls
+# them goes with them.
 FAST_TEST = "test_fast_calls_each_layer_once_on_at_most_budget_rows"
-THIRD_FORM = "survivors"
+WITHHELD = {
+    "test_dp_skip.py": {"survivors"},
+    "test_trace.py": {"table_path", "browse", "plain_in_its_place", "skipping_measured_first"},
+}
 
 TESTS_OF_PROGRAMS = "test_tools"                   # which it runs and does not import
 
@@ -297,17 +300,22 @@ def exported_tests(modules: Iterable[str], problems: list[int]) -> dict[str, str
             del sources[name]
             elsewhere.add(name)
     tests = {f"{name}.py": source for name, source in sources.items()}
-    tests[DP_TESTS] = without(tests[DP_TESTS], withheld_tests(tests[DP_TESTS], problems))
+    withheld = withheld_names(problems)
+    for name in tests.keys() & withheld.keys():
+        tests[name] = without(tests[name], withheld_tests(tests[name], withheld[name]))
     return tests
 
 
-def withheld_tests(source: str, problems: list[int]) -> set[str]:
-    """Of DP_TESTS, what would give an assigned problem away, or needs it written otherwise."""
-    withheld = set()
+def withheld_names(problems: list[int]) -> dict[str, set[str]]:
+    """By test file, what would give an assigned problem away, or needs it written as ours is."""
+    names = WITHHELD if 3 in problems or 4 in problems else {}
     if is_select_slow(problems):
-        withheld.add(FAST_TEST)
-    if 3 in problems or 4 in problems:
-        withheld.add(THIRD_FORM)
+        names = names | {"test_dp_skip.py": names["test_dp_skip.py"] | {FAST_TEST}}
+    return names
+
+
+def withheld_tests(source: str, withheld: set[str]) -> set[str]:
+    """These functions of a test file, and those that call them."""
     callers = {name for name in functions_of(source)
                if names_in(ast.unparse(find(ast.parse(source), name))) & withheld}
     return withheld | callers

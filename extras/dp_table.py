@@ -1,7 +1,8 @@
 """The table of a run of the DP, written down: of each cell the two candidates, and which survived.
 
 A drafter keeps only the set that it chose. But the same call again, on the same states, with a
-measure that takes notes, gives the whole table.
+measure that takes notes, gives the whole table. To read the notes one must know in which order
+``select_layers`` asks: a DP that is written otherwise has no table here.
 """
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,12 @@ from math import isfinite
 
 from torch import Tensor
 
-from dp_skip import Measure, cosines, distances, select_layers
+from dp_skip import Measure, cosines, distances, select_layers, walk_back
 from speculative import Text, optimize
+
+
+class OtherDPError(Exception):
+    """The notes are not those of ``select_layers`` as this file knows it."""
 
 
 @dataclass
@@ -31,13 +36,22 @@ def dp_record(text: Text, run: DPRun) -> dict:
 
     Rounding may depend on how many cells a call has, and decide between two that all but tie. So
     the cells that counted are from the very call that the drafter made.
+
+    Raises OtherDPError.
     """
     cells = dp_cells(text, run, smallest=0) | dp_cells(text, run, run.smallest)
     layers = range(1, len(run.hidden))
+    skip = text.stats.skip_sets[run.chose][1]
+
+    def skipped(i: int, j: int) -> bool:
+        return j == i or (j > 0 and cells[i, j][0] == 0)
+
+    if walk_back(skipped, len(layers), len(skip)) != skip:
+        raise OtherDPError
     return {
         "cycle": run.cycle,
         "new_tokens": run.new_tokens,
-        "skip": sorted(text.stats.skip_sets[run.chose][1]),
+        "skip": sorted(skip),
         "budget": run.budget,
         "tokens": run.hidden.shape[1],
         "by_cosine": run.measure is distances,
@@ -49,7 +63,7 @@ def dp_cells(text: Text, run: DPRun, smallest: int) -> dict[tuple[int, int], lis
     """``select_layers`` once more, by a measure that writes down what it is asked.
 
     Of each cell (i, j) that has a choice: is layer i run? Then of its two candidates, layer run
-    and layer skipped, the cosines, and the distances that decided.
+    and layer skipped, the cosines, and the distances that decided. Raises OtherDPError.
     """
     calls = []                                         # of each layer: to run it, to skip it
 
@@ -62,15 +76,17 @@ def dp_cells(text: Text, run: DPRun, smallest: int) -> dict[tuple[int, int], lis
     text.cache.length = run.length
     select = partial(select_layers, smallest=smallest, measure=noted)
     optimize(text.model, text.cache, run.hidden, run.budget, select)
-    cells = {}
-    for i in range(1, layers + 1):
-        columns = range(max(1, smallest - (layers - i)), min(i, run.budget + 1))
-        if columns:
-            to_run, to_skip = calls.pop(0), calls.pop(0)
-            for j, (cosine, apart), (skip_cosine, skip_apart) in zip(columns, to_run, to_skip):
-                numbers = rounded([cosine, skip_cosine, apart, skip_apart])
-                cells[i, j] = [int(apart <= skip_apart), *numbers]
-    return cells
+    columns = {i: range(max(1, smallest - (layers - i)), min(i, run.budget + 1))
+               for i in range(1, layers + 1)}          # of each layer, the j that have a choice
+    places = [[(i, j) for j in columns[i]] for i in columns if columns[i]]
+    if [len(call) for call in calls] != [len(cells) for cells in places for _ in range(2)]:
+        raise OtherDPError
+    found = {}
+    for cells, to_run, to_skip in zip(places, calls[::2], calls[1::2]):
+        for cell, (cosine, apart), (skip_cosine, skip_apart) in zip(cells, to_run, to_skip):
+            numbers = rounded([cosine, skip_cosine, apart, skip_apart])
+            found[cell] = [int(apart <= skip_apart), *numbers]
+    return found
 
 
 def rounded(numbers: list[float]) -> list[float | None]:

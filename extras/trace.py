@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dp_skip import Measure, distances, relative_distances
-from extras.dp_table import DPRun, dp_record, rounded
+from extras.dp_table import DPRun, OtherDPError, dp_record, rounded
 from extras.skipping import Skipping
 from speculative import Clasp, Draft, Drafter, Outcome, Text, clock, distribution, full_pass
 
@@ -136,7 +136,10 @@ def record(traced: Traced, tokenizer, plain: list[float], about: str) -> dict:
     cycles[-1].seconds = cycles[-1].seconds or dict(text.laps)     # the last had no ``observe``
     dp_runs = [run for run in traced.dp_runs if run.cycle < len(cycles)]
     # From the last to the first: a run writes candidates into the cache where later tokens were.
-    tables = [dp_record(text, run) for run in reversed(dp_runs)][::-1]
+    try:
+        tables = [dp_record(text, run) for run in reversed(dp_runs)][::-1]
+    except OtherDPError:
+        dp_runs = tables = []
     written = [cycle_record(cycle, text, len(prompt), tokenizer) for cycle in cycles]
     if text.temperature > 0:
         add_chances(written, cycles, text)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -776,10 +777,7 @@ def test_no_shorter_assignment_gives_a_solution_away(exported, problems):
 def test_a_shorter_assignment_is_solved_but_for_its_problem(exported, tmp_path, problem):
     out = exported((problem,))
     assert scores(graded(out)) == {problem: 0}
-    solved = shutil.copytree(out, tmp_path / "solved")
-    for name in PROBLEMS[problem].functions:
-        module, function = name.split(".", 1)
-        misbehave(solved, name, body_of((ROOT / f"{module}.py").read_text(), function))
+    solved = solve(out, tmp_path / "solved", problem)
     assert scores(graded(solved)) == {problem: FULL[problem]}
     code = """if True:
         from checkpoint import BUNDLED, load_model
@@ -789,6 +787,15 @@ def test_a_shorter_assignment_is_solved_but_for_its_problem(exported, tmp_path, 
     assert subprocess.run([sys.executable, "-c", code], cwd=solved).returncode == 0
     assert subprocess.run([sys.executable, "generate.py", "--max-new-tokens", "8", "--prompt", "A"],
                           cwd=solved, capture_output=True).returncode == 0
+
+
+def solve(repo: Path, out: Path, problem: int) -> Path:
+    """A copy with the functions of one problem written as in the reference."""
+    shutil.copytree(repo, out)
+    for name in PROBLEMS[problem].functions:
+        module, function = name.split(".", 1)
+        misbehave(out, name, body_of((ROOT / f"{module}.py").read_text(), function))
+    return out
 
 
 def body_of(source: str, function: str) -> str:
@@ -808,21 +815,41 @@ def test_the_handout_of_a_shorter_assignment_has_its_problems_only(exported):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("problems, tests", [(ALL, ""), ((3,), "test_dp_skip.py")], ids=str)
-def test_the_exported_tests_pass_on_a_filled_in_export(exported, tmp_path, problems, tests):
-    """All of the whole course's; of a shorter one's, those of what it assigns."""
-    solved = fill_in(exported(problems), tmp_path / "solved")
+def test_the_exported_tests_pass_on_a_filled_in_export(exported, tmp_path):
+    assert_tests_pass(fill_in(exported(), tmp_path / "solved"), tmp_path, ".")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("problem", [3, 4])
+def test_those_of_the_dp_and_the_page_pass_on_a_shorter_export(exported, tmp_path, problem):
+    solved = solve(exported((problem,)), tmp_path / "solved", problem)
+    assert_tests_pass(solved, tmp_path, "test_dp_skip.py", "test_trace.py")
+
+
+@pytest.mark.thorough
+def test_those_of_the_dp_and_the_page_pass_on_a_second_solution(exported, tmp_path):
+    solved = solve(exported((4,)), tmp_path / "solved", 4)
+    other = (HERE / "solutions" / "problem4.py").read_text()
+    misbehave(solved, "dp_skip.select_layers",
+              "import dp_skip\n" + body_of(other, "select_layers"))
+    assert_tests_pass(solved, tmp_path, "test_dp_skip.py", "test_trace.py")
+
+
+def assert_tests_pass(solved: Path, tmp_path: Path, *files: str):
+    """These of the copy's own tests; and that it can write the page of a run."""
     names = {path.name for path in (solved / "tests").glob("*.py")}
     assert {"conftest.py", "test_dp_skip.py", "test_speculative.py", "test_model.py"} <= names
     assert not names & {"test_bench.py", "test_assignments.py", "test_cuda_graphs.py"}
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{tests}"],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+         *[f"tests/{file}" for file in files]],
         cwd=solved, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout
     page = tmp_path / "run.html"
     done = subprocess.run(
-        [sys.executable, "generate.py", "--max-new-tokens", "20", "--trace", page],
+        [sys.executable, "generate.py", "--max-new-tokens", "20", "--skip-layers", "12",
+         "--trace", page],
         cwd=solved, capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and page.exists(), done.stderr
 

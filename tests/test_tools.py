@@ -154,6 +154,13 @@ def test_mistakes_of_the_tools_are_one_line(name, argv, word):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("option", ["skip-layers", "exit-threshold", "opt-interval", "opt-tokens"])
+def test_settings_that_verify_does_not_use_are_refused(option):
+    done = run_tool("verify.py", "equal", f"--{option}", "1")
+    assert done.returncode == 2
+    assert f"--{option} does not go with" in done.stderr
+
+
 @pytest.mark.parametrize("positions", [("3",), ("20", "100000")])
 def test_places_outside_the_text_are_refused(positions):
     done = run_tool("verify.py", "slice", "--positions", *positions)

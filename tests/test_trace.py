@@ -1,6 +1,7 @@
 """The page of a run (--trace): what is recorded is what happened, and the page shows it."""
 import errno
 import html
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,8 @@ import pytest
 import torch
 from conftest import IN_ASCII, ROOT, random_model, tokens_of
 
+import dp_skip
+import extras.dp_table
 import extras.skipping
 import generate
 import speculative
@@ -60,7 +63,7 @@ def drafters(model):
 NAMES = ["the paper's", "several tokens", "auto", "auto with settings"]
 
 
-def path(run: dict, budget: int) -> list[int]:
+def table_path(run: dict, budget: int) -> list[int]:
     """The layers left out by a recorded table, for a budget."""
     skip = []
     j = budget
@@ -108,7 +111,7 @@ def test_the_path_through_the_recorded_table_is_the_skip_set(bundled, tokenizer,
     assert len(found["dp"]) >= 1
     chosen = [set(skip) for _, skip in stats.skip_sets]
     for run in found["dp"]:
-        assert path(run, len(run["skip"])) == run["skip"]
+        assert table_path(run, len(run["skip"])) == run["skip"]
         assert set(run["skip"]) in chosen
     if name != "auto":                                 # which also changes its set between runs
         assert [set(run["skip"]) for run in found["dp"]] == chosen[:len(found["dp"])]
@@ -130,7 +133,7 @@ def test_each_draft_is_shown_with_the_layers_that_it_left_out(bundled, tokenizer
     assert [found["sets"][cycle["set"]]["skip"] for cycle in by_layers] == used
     assert len(found["sets"]) > len(found["dp"]) > 0
     for shown in found["sets"]:
-        assert path(found["dp"][shown["run"]], len(shown["skip"])) == shown["skip"]
+        assert table_path(found["dp"][shown["run"]], len(shown["skip"])) == shown["skip"]
 
 
 class Handing(Drafter):
@@ -165,6 +168,32 @@ def test_a_drafter_of_ones_own_is_traced_without_tables(bundled, tokenizer):
     assert [set(chosen["skip"]) for chosen in found["sets"]] == [s for _, s in stats.skip_sets]
     assert found["dp"] == []
     assert found["cycles"][-1]["set"] == len(found["sets"]) - 1
+
+
+def plain_in_its_place(layer, states, budget, smallest, measure):
+    found = dp_skip.select_layers_plain(layer, states, budget, measure)
+    return dp_skip.Selection(found.skip_sets[smallest:], found.cosines[smallest:])
+
+
+def skipping_measured_first(*call, **settings):
+    source = inspect.getsource(dp_skip.select_layers)
+    other = source.replace("measure(run, states[i]) <= measure(skip, states[i])",
+                           "measure(skip, states[i]) >= measure(run, states[i])")
+    assert other != source
+    names = dict(vars(dp_skip))
+    exec(other, names)
+    return names["select_layers"](*call, **settings)
+
+
+@pytest.mark.parametrize("select", [plain_in_its_place, skipping_measured_first])
+def test_a_dp_that_is_written_otherwise_is_traced_without_tables(
+    bundled, tokenizer, monkeypatch, select
+):
+    monkeypatch.setattr(extras.dp_table, "select_layers", select)
+    _, stats, found = recorded(bundled, tokenizer, Clasp(bundled, 12, 4, opt_interval=4))
+    assert [set(chosen["skip"]) for chosen in found["sets"]] == [s for _, s in stats.skip_sets]
+    assert {chosen["run"] for chosen in found["sets"]} == {-1}
+    assert found["dp"] == []
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.8])

@@ -30,6 +30,8 @@ DP_TOKENS = (1, 4, 16)        # the DP is checked over the states of so many tok
 LAST_PLACE = 300              # of those where it is
 PAST_PLACE = 20               # slots behind it
 
+NOT_ASKED = ("skip_layers", "exit_threshold", "opt_interval", "opt_tokens")
+
 # ---------------------------------------------------------------------------- equal
 
 @torch.inference_mode()
@@ -233,6 +235,9 @@ def main():
     parser = new_parser(__doc__.splitlines()[0], list(CHECKS))
     parser.add_argument("--positions", type=int, nargs="+", default=[20, 40, 60, 80])
     args = parser.parse_args()
+    for option in NOT_ASKED:
+        require(getattr(args, option) is None,
+                f"--{option.replace('_', '-')} does not go with verify.py, which tries its own")
     require_positive(args.prompts, args.max_new_tokens, *args.positions)
     CHECKS[args.what](load(args))
 
