@@ -14,5 +14,6 @@ SETTINGS = {
 }
 
 # Question C: a function that makes a ``speculative.Drafter`` for a model, or None: CLaSp's, by
-# SETTINGS. It is called anew for each text, as DRAFTER(model); SETTINGS are then not used.
+# SETTINGS. It is called anew for each text, as DRAFTER(model); SETTINGS are then not used. The
+# texts are written several times, and this file is loaded anew each time.
 DRAFTER = None

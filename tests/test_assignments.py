@@ -39,6 +39,7 @@ import dp_skip
 import model
 import speculative
 
+ENTRY = functools.partial(leaderboard.load_entry, HERE / "entry.py")
 CORE = ("model.py", "dp_skip.py", "speculative.py")
 ALL = tuple(PROBLEMS)
 FULL = {number: sum(check.points for check in CHECKS[number]) for number in PROBLEMS}
@@ -116,7 +117,7 @@ def test_a_solution_of_100_points_decodes(short_leaderboard, monkeypatch):
     with mistakes.planted(dict.fromkeys(mistakes.SOLUTIONS, "")):
         for name in ("distances", "select_layers"):              # which are imported by name
             monkeypatch.setattr(speculative, name, getattr(dp_skip, name))
-        board = leaderboard.measure(leaderboard.load_entry(HERE / "entry.py"))
+        board = leaderboard.measure(ENTRY)
     assert board["values"]["tau"] > 1
 
 
@@ -1075,11 +1076,12 @@ def short_leaderboard(monkeypatch):
 
 
 def an_entry(drafter=None, **settings):
-    return SimpleNamespace(SETTINGS=settings, DRAFTER=drafter)
+    """What loads it."""
+    return lambda: SimpleNamespace(SETTINGS=settings, DRAFTER=drafter)
 
 
 def test_the_leaderboard_measures_the_settings(short_leaderboard):
-    board = leaderboard.measure(leaderboard.load_entry(HERE / "entry.py"))
+    board = leaderboard.measure(ENTRY)
     assert re.match(r"speedup \d+\.\d\dx, tau \d", board["line"])
     assert board["values"]["tau"] >= 1
 
@@ -1094,6 +1096,33 @@ def test_the_leaderboard_measures_a_drafter_made_for_each_text(short_leaderboard
     assert leaderboard.measure(an_entry(make))["values"]["tau"] == 1         # it never drafts
     assert len(models) == 2 * golden.TEXTS                     # to warm up, and timed
     assert len(set(map(id, models))) == 1
+
+
+REMEMBERS = """
+from speculative import Draft, Drafter
+SETTINGS = {}
+class Remembers(Drafter):
+    texts = {}
+    def begin(self, text, hidden):
+        self.prompt = len(text.tokens)
+        self.text = self.texts.setdefault(tuple(text.tokens), [])
+    def propose(self, text, most):
+        written = text.tokens[self.prompt:]
+        self.text[:] = max(self.text, written, key=len)
+        tokens = self.text[len(written):len(written) + most]
+        return Draft(tokens, [None] * len(tokens))
+def DRAFTER(model):
+    return Remembers()
+"""
+
+
+def test_no_drafter_can_remember_a_text_from_one_round_to_the_next(short_leaderboard, tmp_path):
+    path = tmp_path / "entry.py"
+    path.write_text(REMEMBERS)
+    board = leaderboard.measure(lambda: leaderboard.load_entry(path))
+    assert board["values"]["tau"] == 1
+    loaded = leaderboard.load_entry(path)
+    assert leaderboard.measure(lambda: loaded)["values"]["tau"] > 2
 
 
 def test_the_leaderboard_refuses_another_text(short_leaderboard, monkeypatch):
@@ -1123,7 +1152,7 @@ def test_what_is_no_entry_is_said_to_be_so_in_one_line(tmp_path, text, said):
     if text is not None:
         path.write_text(text)
     with pytest.raises(leaderboard.EntryError, match=said) as raised:
-        leaderboard.measure(leaderboard.load_entry(path))
+        leaderboard.measure(lambda: leaderboard.load_entry(path))
     assert "\n" not in str(raised.value)
 
 

@@ -36,6 +36,7 @@ class Call(NamedTuple):
     from_sin: list[float]     # the same, read off sin
     sees: list[list[float]]   # for each row, the marks of the slots it may look at
     dtype: torch.dtype        # of the angles
+    mask_dtype: torch.dtype | None
 
 
 class MarkedLayer(nn.Module):
@@ -57,10 +58,11 @@ class MarkedLayer(nn.Module):
         rows = x.shape[1]
         marks = x[:1, :, :1][:, None]                          # (1, 1 head, rows, 1)
         if store is not None:
-            marks, _ = store(marks, marks.clone())
+            marks, _ = store(marks, -marks)                    # keys, values
         sees = marks_seen(marks[0, 0, :, 0].tolist(), mask, rows)
         where = positions(cos, rows), positions(-sin, rows)
-        self.calls.append(Call(self.i, x.clone(), *where, sees, cos.dtype))
+        mask_dtype = None if mask is None else mask.dtype
+        self.calls.append(Call(self.i, x.clone(), *where, sees, cos.dtype, mask_dtype))
         return x + 2.0 ** self.i
 
     def mlp_block(self, x):
@@ -127,7 +129,7 @@ def marked_rope():
     return mock.patch("model.rope_table", marked_table)
 
 
-def marked_cache(length: int):
+def marked_cache(length: int, dtype=torch.float32):
     """A KVCache of 4 layers that holds marks: of a valid slot its number, of one never written -1.
 
     ``ends``: of each call of put, which is not the student's.
@@ -137,6 +139,10 @@ def marked_cache(length: int):
     class MarkedCache(model.KVCache):
         def put(self, layer, slot, end, k, v):
             self.ends.append(end)
+            if not torch.equal(v, -k):
+                raise PropertyError(
+                    "What a layer gives store as keys and values, put is given as such",
+                    f"layer {layer}, slot {slot}: the keys as values, and the values as keys")
             for r, mark in enumerate(k[0, 0, :, 0].tolist()):
                 self.slots[:, layer, ..., slot + r, :] = mark
             marks = self.slots[0, layer, :, :1, :end, :1]
@@ -148,7 +154,7 @@ def marked_cache(length: int):
             return {slot: mark for slot, mark in enumerate(marks) if mark != -1}
 
     with marked_rope():
-        cache = MarkedCache(model.Llama(config()), 40)
+        cache = MarkedCache(model.Llama(config()).to(dtype), 40)
     cache.slots.fill_(-1.0)
     cache.slots[..., :length, :] = torch.arange(float(length))[:, None]
     cache.length = length
@@ -177,7 +183,7 @@ LAYERS = 4
 def state(
     history: tuple[int, ...], skip: frozenset = frozenset(), layer: int = LAYERS
 ) -> tuple[float, ...]:
-    """The token model's hidden state h_layer after these tokens. The last one is the logits."""
+    """The token model's hidden state h_layer after these tokens."""
     chance = chances.Random(f"{history} {sorted(skip)} {layer}")
     return tuple(chance.gauss(0, 1) for _ in range(VOCABULARY))
 
@@ -187,9 +193,14 @@ def states_of(tokens: list[int]) -> Tensor:
     return torch.tensor([state(tuple(tokens), frozenset(), i) for i in range(LAYERS + 1)])
 
 
+def logits_after(history, skip=frozenset()) -> list[float]:
+    """The token model's: its head is -1, so that its last state is not taken for logits."""
+    return [-x for x in state(tuple(history), frozenset(skip))]
+
+
 def best(history, skip=frozenset()) -> int:
     """The token model's greedy choice after these tokens."""
-    logits = state(tuple(history), frozenset(skip))
+    logits = logits_after(history, skip)
     return logits.index(max(logits))
 
 
@@ -225,16 +236,15 @@ def token_model():
             return torch.tensor([[state(history, skip, layer) for history in histories]])
 
         def logits(self, state):
-            if self.broken is None or state.shape[1] <= self.broken:
-                return state
-            state = state.clone()
-            state[:, self.broken] = torch.nan
-            return state
+            logits = -state
+            if self.broken is not None and self.broken[0] == len(self.passes) - 1:
+                logits[:, self.broken[1]] = torch.nan
+            return logits
 
     with marked_rope():
         llama = TokenModel(config(vocab_size=VOCABULARY))
     llama.passes = []
-    llama.broken = None                                # row of a pass whose logits are NaN
+    llama.broken = None                                # pass and row whose logits are NaN
     return llama
 
 

@@ -155,7 +155,7 @@ def empty_cache(dtype=torch.float32):
     cache.slots = fill.repeat(1, 2, 1, 1, SLOTS, 1)
     cache.keys, cache.values = cache.slots[0].unbind(), cache.slots[1].unbind()
     cache.tokens, cache.rows = SLOTS, 0
-    cache.length = 5                                           # put is told the slot; not it
+    cache.length = 1                                           # put is told the slot; not it
     return cache
 
 
@@ -184,7 +184,7 @@ def put():
             close(returned, expected[:end].reshape(1, 1, end, 1),
                   "put returns the slots before end, old and new",
                   f"{where} returned", (None, None, "slot"))
-        equal(cache.length, 5, "put leaves cache.length to its caller", example)
+        equal(cache.length, 1, "put leaves cache.length to its caller", example)
     cache = empty_cache(torch.float16)                 # its largest number stands for an overflow
     overflowed = torch.tensor([1.0, torch.nan, torch.inf], dtype=torch.float16).reshape(1, 1, 3, 1)
     keys, values = cache.put(0, 0, 3, overflowed, overflowed)
@@ -204,12 +204,15 @@ def column(*values: float):
 @check(3, "Attention alone")
 def attends():
     from model import attention
-    q = torch.zeros(1, 4, 1, 1)
     k = torch.zeros(1, 2, 1, 1)
     v = torch.tensor([1.0, 10.0]).reshape(1, 2, 1, 1)
-    close(attention(q, k, v, None).flatten(), [1.0, 1.0, 10.0, 10.0],
-          "Query head h reads key-value head h // (heads / kv_heads), so that neighbours share one",
-          "4 heads, 2 key-value heads with values 1 and 10, 1 row, 1 slot", ("head",))
+    for heads in (4, 6):
+        half = heads // 2
+        close(attention(torch.zeros(1, heads, 1, 1), k, v, None).flatten(),
+              [1.0] * half + [10.0] * half,
+              "Query head h reads key-value head h // (heads / kv_heads), so that neighbours share "
+              "one", f"{heads} heads, 2 key-value heads with values 1 and 10, 1 row, 1 slot",
+              ("head",))
 
     close(attention(column(0.0, 0.0), column(0.0, 0.0), column(1.0, 3.0), None).flatten(),
           [1.0, 2.0], "With no mask, row r of several sees rows 0 to r (with equal scores it takes "
@@ -259,14 +262,14 @@ def quarter_turn(x, cos, sin):
 
     None (cos 1), and a quarter turn (sin -1 and 1).
     """
-    turned = torch.stack((-x[..., 1], x[..., 0]), dim=-1)
-    return torch.where(cos == 1, x, turned)
+    first, second = x.chunk(2, dim=-1)
+    return torch.where(cos == 1, x, torch.cat((-second, first), dim=-1))
 
 
-def bare_layer(norm: float = 1.0):
+def bare_layer(norm: float = 1.0, **changes):
     """A layer whose weights are all 0 and whose norms just multiply."""
     import model
-    layer = model.DecoderLayer(config())
+    layer = model.DecoderLayer(config(**changes))
     for weight in layer.parameters():
         weight.data.zero_()
     layer.attention_norm = Scale(norm)
@@ -274,9 +277,9 @@ def bare_layer(norm: float = 1.0):
     return layer
 
 
-def still(rows: int):
+def still(rows: int, head_dim: int = 2):
     """RoPE's angles of so many rows that do not turn."""
-    return torch.ones(rows, 2), torch.zeros(rows, 2)
+    return torch.ones(rows, head_dim), torch.zeros(rows, head_dim)
 
 
 def row(*values: float):
@@ -309,6 +312,18 @@ def block_attends():
           "4 heads of 2 dimensions, 2 key-value heads, whose values are (1, 2) and (3, 4); what "
           "attention adds to x (1, 1, 8)", AXES)
 
+    layer = bare_layer(head_dim=4)
+    layer.qkv.weight.data[24:] = torch.eye(8)          # value head 0 is (x0 .. x3)
+    layer.o.weight.data[:, ::2] = torch.eye(8)         # of each head dimensions 0 and 2
+    x = row(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+    close(run(layer, x, *still(1, head_dim=4)) - x, [[[1.0, 3, 1, 3, 5, 7, 5, 7]]],
+          "head_dim is the config's: the heads together may be wider than x",
+          "4 heads of 4 dimensions, 2 key-value heads, whose values are (1 .. 4) and (5 .. 8), "
+          "x (1, 1, 8), an o that takes dimensions 0 and 2 of each head: what is added to x", AXES)
+
+    layer = bare_layer()
+    layer.qkv.weight.data[12:] = torch.eye(8)[:4]
+    layer.o.weight.data = torch.eye(8)
     slots = column(2.0, 4.0, 8.0, 12.0).expand(1, 2, 4, 2)
     mask = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf], [-torch.inf, 0.0, 0.0, 0.0]])
 

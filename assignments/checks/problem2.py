@@ -130,6 +130,9 @@ def wider():
         tokens = [1, 2][:rows]
         _, calls = forward(tokens, (), cache, slots=8)
         example = f"slots = 8, cache.length {start}, tokens {tokens}, layer 0"
+        equal(cache.length, start + rows,
+              "cache.length moves on by the rows given, however many slots are read",
+              f"{example}, cache.length")
         equal(cache.ends[0], 8,
               "Attention reads as many slots as it is told to", f"{example}, slots read")
         for r in range(rows):

@@ -238,16 +238,19 @@ def overflow(name: str):
               "that did not", "L = 2, M = 1, layers that return NaN, m = 1")
 
 
-def refuses(name: str):
+def refuses(name: str, *budgets: tuple[int, ...]):
+    """budgets: those that are too many or too few; of ``select_layers`` also with ``smallest``."""
     select = function(name)
     layer, states = toy(2, 0)
-    for budget in (-1, 3):
+    for budget, *smallest in ((-1,), (3,), *budgets):
         try:
-            got = select(layer, states, budget)
+            got = select(layer, states, budget, *smallest)
         except ValueError:
             continue
         raise PropertyError(
-            "A budget below 0 or above L is a ValueError", f"L = 2, M = {budget}: got {show(got)}")
+            "A budget below 0 or above L is a ValueError, and so is a smallest below 0 or above M",
+            f"L = 2, M = {budget}" + "".join(f", smallest = {least}" for least in smallest)
+            + f": got {show(got)}")
 
 
 class Counted:

@@ -39,7 +39,7 @@ def cosines():
 def tie():
     ties("select_layers")
     overflow("select_layers")
-    refuses("select_layers")
+    refuses("select_layers", (1, 2), (1, -1))
 
 
 @check(3, "One call for each layer")
@@ -143,6 +143,8 @@ def sees():
             equal(got, [*map(float, range(length - 1)), its_mark],
                   "A candidate sees the true keys and values of the positions before p, not those "
                   "at p, and its own", example)
+    equal(dtype_of_mask(3, 2, torch.bfloat16), torch.bfloat16,
+          "The mask has the dtype of the cache", "model and cache in bfloat16: dtype of the mask")
 
 
 @check(3, "The cache's valid part")
@@ -161,6 +163,15 @@ def valid_part():
             equal(behind, list(range(length, length + given)),
                   "Candidates use the slots from cache.length on, one each",
                   f"{example}: slots written behind the valid ones, in layer {i}")
+
+
+def dtype_of_mask(length: int, given: int, dtype):
+    """Of the mask of ``given`` candidates, where model and cache are in a dtype."""
+    calls = []
+    with torch.no_grad():
+        layer = marked_model(calls).to(dtype).candidate_layer(marked_cache(length, dtype), given)
+        layer(1, torch.full((given, 8), 100, dtype=dtype))
+    return calls[0].mask_dtype
 
 
 @check(2, "The candidates' position")

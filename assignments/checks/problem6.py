@@ -21,8 +21,8 @@ from checks.doubles import (
     VOCABULARY,
     best,
     cache_of,
+    logits_after,
     marked_rope,
-    state,
     states_of,
     token_model,
 )
@@ -137,7 +137,7 @@ def exits():
     drafted = expected_draft(tokens, skip, 4)
     sure = []
     for i in range(4):
-        logits = torch.tensor(state((*tokens, *drafted[:i]), skip))
+        logits = torch.tensor(logits_after((*tokens, *drafted[:i]), skip))
         sure.append(logits.softmax(-1).max().item())
     given = f"top probabilities {show([round(confidence, 4) for confidence in sure])}"
 
@@ -208,10 +208,11 @@ def room():
               f"{example}: cache.length")
         if seen.draft is not None and seen.got != seen.draft:
             raise PropertyError("checked_draft returns the drafter's draft as it is", example)
-    for length, width in ((3, 2), (3, 5), (0, 1)):
-        equal(ask(length, 9, width=width).most, width - 1,
-              "With a width the pending token and the draft fill one pass at most",
-              f"{length} tokens in the cache, 9 still to write, width {width}: most")
+    for length, left, width in ((3, 9, 2), (3, 9, 5), (0, 9, 1), (3, 2, 8), (0, 1, 8)):
+        equal(ask(length, left, width=width).most, min(left, width) - 1,
+              "With a width the pending token and the draft fill one pass at most, and the draft "
+              "is still shorter than what is left to write",
+              f"{length} tokens in the cache, {left} still to write, width {width}: most")
     with mock.patch("speculative.BLOCK", 8), mock.patch("model.BLOCK", 8):
         for length in (0, 5, 6, 7, 8, 13):
             block = length // 8
@@ -345,26 +346,28 @@ def play(
     count: int,
     script: list[int],
     *,
-    broken: int | None = None,
+    broken: tuple[int, int] | None = None,
     known: int | None = 0,
     **settings,
 ) -> Played:
     """The student's decode with a scripted drafter.
 
-    script: how many tokens of each draft are accepted; 0 from its end on. broken: a row of each
-    verify pass whose logits are NaN. known: tokens of the prompt that the cache given holds; None:
-    no cache is given.
+    script: how many tokens of each draft are accepted; 0 from its end on. broken: a cycle, and the
+    row of its verify pass whose logits are NaN. known: tokens of the prompt that the cache given
+    holds; None: no cache is given.
     """
     import speculative
     chance = random.Random(1)
     played = Played(stats=speculative.Stats())
     llama = token_model()
-    llama.broken = broken
     played.passes = llama.passes
     drafter = scripted_drafter(played, chance)
     if known is not None:
         settings["cache"] = cache_of(llama, prompt[:known])
     played.prefills = int(len(prompt) - (known or 0) > 1)
+    if broken is not None:
+        cycle, row = broken
+        llama.broken = played.prefills + cycle, row
     with scripted(played, count, script, chance):
         tokens = speculative.decode(
             llama, list(prompt), count, drafter, stats=played.stats, **settings)
@@ -431,7 +434,8 @@ def overflows():
     """NaN in the logits: refused where they decide what is written, and nowhere else."""
     from model import ModelError
     for script, broken, is_refused in (
-        ([1], 0, True), ([1], 1, True), ([1], 2, False), ([0, 0, 1], 1, True),
+        ([1], (0, 0), True), ([1], (0, 1), True), ([1], (0, 2), False),
+        ([0, 0, 1], (1, 1), False), ([0, 0, 1], (2, 1), True), ([3], (0, 1), True),
     ):
         raised = False
         try:
@@ -441,7 +445,8 @@ def overflows():
         equal(raised, is_refused,
               "Logits that are NaN or infinite are a ModelError (require_finite) in the pending "
               "token's row and those of accepted tokens, and do not matter in those of rejected "
-              "ones", f"accepted by cycle {script}, NaN in row {broken} of a verify pass: refused")
+              "ones", f"accepted by cycle {script}, NaN in row {broken[1]} of the verify pass of "
+              f"cycle {broken[0]}: refused")
 
 
 @check(2, "The loop: verify and roll back")
@@ -571,7 +576,7 @@ def sampling():
             raise PropertyError(
                 "With a temperature above 0 a draft is judged by accept_sampled",
                 "temperature 0.7: expected accept_sampled, got accept_greedy")
-        rows = [state((*text, *drafted[:i])) for i in range(len(drafted) + 1)]
+        rows = [logits_after((*text, *drafted[:i])) for i in range(len(drafted) + 1)]
         close(one.p, speculative.distribution(torch.tensor(rows), 0.7, 0.9),
               "accept_sampled gets p = distribution(logits, temperature, top_p) of the pending "
               "token's row and of each drafted one", example, ("row", "token"))
@@ -583,12 +588,16 @@ def sampling():
         raise PropertyError(
             "At temperature 0 a draft is judged by accept_greedy",
             "temperature 0: expected accept_greedy, got accept_sampled")
-    for width in (6, None):
-        played = play([1, 2, 3], 12, [3, 0, 1], width=width)
+    for width, narrowest in ((6, None), (None, None), (6, 2), (6, 3)):
+        played = play([1, 2, 3], 12, [3, 0, 1], width=width, narrowest=narrowest)
         for cycle, (one, judged) in enumerate(zip(played.verified, played.judged)):
-            equal(len(one.rows), width or 1 + len(judged.drafted),
-                  "A verify pass has text.width rows; if that is None, as many as there are tokens",
-                  f"width {width}, {len(judged.drafted)} tokens drafted, cycle {cycle}: rows")
+            rows = 1 + len(judged.drafted)
+            equal(len(one.rows), max(rows, narrowest or width or 0),
+                  "A verify pass has text.width rows, or text.narrowest where there is one and "
+                  "the tokens are no more; without a width, as many as there are tokens: "
+                  "text.pass_width of these tokens says which",
+                  f"width {width}, narrowest {narrowest}, {len(judged.drafted)} tokens drafted, "
+                  f"cycle {cycle}: rows")
 
 
 IMPOSSIBLE = [                # prompt, new tokens, settings

@@ -127,6 +127,9 @@ put.mistake(
     "all slots returned",
     ("return keys, values", "return self.keys[layer], self.values[layer]"))
 put.mistake(
+    "cache.length moved as well",
+    ("places =", "self.length = max(self.length, slot + rows)\n    places ="))
+put.mistake(
     "values into the keys",
     ("model.storable(k)", "model.storable(v)"))
 put.mistake(
@@ -154,6 +157,9 @@ attention.mistake(
     "key-value heads in the wrong order",
     ("k.repeat_interleave(groups, dim=1)", "k.repeat(1, groups, 1, 1)"),
     ("v.repeat_interleave(groups, dim=1)", "v.repeat(1, groups, 1, 1)"))
+attention.mistake(
+    "each key-value head repeated as often as there are such heads",
+    ("q.shape[1] // k.shape[1]", "k.shape[1]"))
 attention.mistake(
     "scores not scaled",
     (" / math.sqrt(q.shape[-1])", ""))
@@ -201,6 +207,12 @@ attention_block.mistake(
     "keys before queries in qkv",
     ("q, k, v = self.qkv(normed).split(sizes, dim=-1)",
      "k, q, v = self.qkv(normed).split([sizes[1], sizes[0], sizes[2]], dim=-1)"))
+attention_block.mistake(
+    "head_dim taken from the hidden size",
+    ("heads * self.head_dim for", "heads * (x.shape[-1] // self.heads) for"))
+attention_block.mistake(
+    "the heads together as wide as x",
+    ("reshape(*x.shape[:2], -1)", "reshape(x.shape)"))
 attention_block.mistake(
     "keys cached before rotation",
     ("k = model.rotate(k, cos, sin)", "unturned = k\n    k = model.rotate(k, cos, sin)"),

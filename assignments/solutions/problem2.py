@@ -40,6 +40,12 @@ forward.mistake(
     "no state for a skipped layer",
     ("    states.append(x)", "    if not left_out:\n            states.append(x)"))
 forward.mistake(
+    "length moved to the last slot read",
+    ("cache.length = start + rows", "cache.length = end"))
+forward.mistake(
+    "values cached as keys",
+    ("cache.put(i, start, end, k, v)", "cache.put(i, start, end, v, k)"))
+forward.mistake(
     "positions from 0 with a cache",
     ("cache.cos[start:start + rows]", "cache.cos[:rows]"),
     ("cache.sin[start:start + rows]", "cache.sin[:rows]"))

@@ -37,6 +37,9 @@ select_layers.mistake(
     "states in float32",
     ("    choice = {}\n", "    choice = {}\n    states = states.float()\n"))
 select_layers.mistake(
+    "smallest not checked",
+    ("layer_count(states, budget, smallest)", "layer_count(states, budget)"))
+select_layers.mistake(
     "another measure ignored",
     ("measure(pair", "dp_skip.distances(pair"))
 select_layers.mistake(
@@ -83,7 +86,7 @@ def candidate_layer(self, cache, count, tokens=1):
         rows = candidates.reshape(-1, candidates.shape[-1])
         m = len(rows)
         height = m
-        mask = torch.full((height, first + m), -math.inf)
+        mask = torch.full((height, first + m), -math.inf, dtype=cache.slots.dtype)
         places = []
         for r in range(m):
             p = n - tokens + r % tokens
@@ -102,6 +105,12 @@ def candidate_layer(self, cache, count, tokens=1):
     return layer
 
 
+candidate_layer.mistake(
+    "a mask in float32",
+    (", dtype=cache.slots.dtype", ""))
+candidate_layer.mistake(
+    "values cached as keys",
+    ("cache.put(i, first, first + m, k, v)", "cache.put(i, first, first + m, v, k)"))
 candidate_layer.mistake(
     "candidates as a batch",
     ("rows[None], cos, sin, mask, store)[0]",

@@ -39,6 +39,9 @@ draft_by_skipping.mistake(
     ("        drafted.append(int(drawn))\n        marks.append(q)\n", ""),
     ("        fed =", "        drafted.append(int(drawn))\n        marks.append(q)\n        fed ="))
 draft_by_skipping.mistake(
+    "norm and head forgotten",
+    ("text.model.logits(states[-1])[0, -1]", "states[-1][0, -1]"))
+draft_by_skipping.mistake(
     "logits with an axis of rows",
     ("[0, -1]", "[0]"))
 draft_by_skipping.mistake(
@@ -126,6 +129,9 @@ checked_draft.mistake(
     "not rolled back",
     ("text.cache.length = n", "pass"))
 checked_draft.mistake(
+    "what is left to write forgotten where there is a width",
+    ("[left - 1]", "[left - 1] if text.width is None else []"))
+checked_draft.mistake(
     "drafts past the end",
     ("[left - 1]", "[left]"))
 checked_draft.mistake(
@@ -180,6 +186,14 @@ def decode(model, prompt, max_new_tokens, drafter, **settings):
             yield token
             if text.is_finished:
                 break
+
+
+decode.mistake(
+    "passes always padded to the whole width",
+    ("text.pass_width(len(rows))", "text.width"))
+decode.mistake(
+    "only the last row that decides asked to be finite",
+    ("logits[:checked]", "logits[accepted]"))
 
 
 def unchecked(*args, **settings):
