@@ -58,7 +58,8 @@ WITHHELD = {
     "test_trace.py": {"table_path", "browse", "plain_in_its_place", "skipping_measured_first"},
 }
 
-TESTS_OF_PROGRAMS = "test_tools"                   # which it runs and does not import
+# Tests of programs, which they run and do not import; and of how our own code is laid out.
+TESTS_OF_OURS = ("test_tools", "test_structure")
 
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
 IGNORED_PROGRAMS = shutil.ignore_patterns("__pycache__", "*.py")       # such as train.py
@@ -291,7 +292,8 @@ def exported_tests(modules: Iterable[str], problems: list[int]) -> dict[str, str
     elsewhere |= {path.name for path in ROOT.iterdir() if path.is_dir()} - {"extras"}
     for folder in (ROOT / "tools", HERE, *(ROOT / "checkpoints").iterdir()):
         elsewhere |= {path.stem for path in folder.glob("*.py")}
-    del sources[TESTS_OF_PROGRAMS]
+    for name in TESTS_OF_OURS:
+        del sources[name]
     while True:
         left_out = [name for name, source in sources.items() if imports(source) & elsewhere]
         if not left_out:

@@ -586,6 +586,7 @@ def test_errors_that_no_terminal_can_show_are_shown(solved):
     assert r"ValueError: \ud800" in done.stdout
 
 
+@pytest.mark.thorough
 def test_a_file_that_is_missing_damaged_or_a_link_costs_its_functions_only(solved):
     (solved / "dp_skip.py").write_text("def (:")
     (solved / "speculative.py").unlink()
@@ -641,7 +642,7 @@ def other_cases(seed: int):
 
 @pytest.mark.thorough
 def test_the_reference_gets_100_points_on_cases_made_anew():
-    for seed in range(1, 13):
+    for seed in range(1, 5):
         with other_cases(seed):
             results = mistakes.run({})
         assert [result.message for result in results if not result.passed] == []
@@ -1045,6 +1046,7 @@ def test_what_is_handed_in_is_graded_by_gradescope(gradescope, tmp_path):
     assert outputs(results)["3.1"] == "not taken: there is no dp_skip.py"
 
 
+@pytest.mark.thorough
 def test_where_all_is_missing_gradescope_gets_0_and_the_reason(gradescope):
     results = gradescope()
     assert results["score"] == 0

@@ -233,7 +233,8 @@ def token_model():
             return [self.state_after(seen, note.skip, i) for i in range(LAYERS + 1)]
 
         def state_after(self, histories, skip, layer):
-            return torch.tensor([[state(history, skip, layer) for history in histories]])
+            states = [[state(history, skip, layer) for history in histories]]
+            return torch.tensor(states, dtype=self.dtype)
 
         def logits(self, state):
             logits = -state
@@ -244,6 +245,7 @@ def token_model():
     with marked_rope():
         llama = TokenModel(config(vocab_size=VOCABULARY))
     llama.passes = []
+    llama.dtype = torch.float32
     llama.broken = None                                # pass and row whose logits are NaN
     return llama
 

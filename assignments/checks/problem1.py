@@ -38,6 +38,10 @@ def rms_norm():
           "RMSNorm takes any number of axes before the last", "x of shape (1, 1, 1, 2)")
     got = RMSNorm(2, 0.0).bfloat16()(torch.tensor([[6.0, 8.0]], dtype=torch.bfloat16))
     equal(got.dtype, torch.bfloat16, "RMSNorm keeps the dtype of x", "x in bfloat16, dtype")
+    got = RMSNorm(2, 0.0).half()(torch.tensor([[300.0, 400.0]], dtype=torch.float16))
+    close(got, [[0.848528, 1.131371]],
+          "RMSNorm takes the mean in float32 whatever dtype x has, since in float16 a square may "
+          "overflow", "x = [[300, 400]] in float16, eps 0", ("row", "dimension"), tolerance=1e-3)
     norm, x = random_norm()
     close(norm(x), golden()["norm"],
           "RMSNorm is weight * x / sqrt(mean(x^2) + eps)",
@@ -118,6 +122,8 @@ def rotate():
               "rotate turns dimension i together with dimension i + head_dim/2, by the angle of "
               "that pair, from the first towards the second",
               f"x = {x.int().tolist()}, angles (0.5, 2)", (None, None, None, "dimension"))
+    equal(turn(*(one.bfloat16() for one in (torch.eye(4)[None, None, :1], cos, sin))).dtype,
+          torch.bfloat16, "rotate keeps the dtype of x", "x, cos and sin in bfloat16: dtype")
     x = random(2, 3, 2, 4)
     cos = torch.stack((torch.ones(4), cos[0]))
     sin = torch.stack((torch.zeros(4), sin[0]))
@@ -242,6 +248,13 @@ def attends():
           "first", (None,))
 
 
+    close(attention(100 * q, 100 * k, k.clone(), None)[0, 0, 0, :1], [1.0],
+          "The softmax is of the scores less their largest, or large ones overflow",
+          "query (200, 0), keys (100, 0) and (0, 0) with values 1 and 0: what is read", (None,))
+    narrow = [one.bfloat16() for one in random_attention()]
+    equal(attention(*narrow).dtype, torch.bfloat16,
+          "Attention keeps the dtype of q", "q, k, v and mask in bfloat16: dtype")
+
     close(attention(*random_attention()), golden()["attended"],
           "Attention is softmax(q k^T / sqrt(head_dim) + mask) v",
           "random q (2, 4, 3, 2), k and v (2, 2, 5, 2), mask (3, 5)",
@@ -335,6 +348,11 @@ def block_attends():
           "The block attends to what store returns, under the mask it is given",
           "scores all equal, 2 rows, 4 slots with values 2, 4, 8, 12, row 0 may see slots 0 and 2, "
           "row 1 slots 1, 2 and 3", ("row",))
+    got = run(layer, torch.zeros(1, 1, 8), *still(1), mask[:1], store)
+    close(got[0, :, 0], [5.0],
+          "The block attends under the mask it is given, with a single row, too",
+          "scores all equal, 1 row, 4 slots with values 2, 4, 8, 12, of which it may see 0 and 2",
+          ("row",))
 
 
 class Slots:
@@ -416,7 +434,8 @@ def feed_forward():
     close(layer.mlp_block(several)[:, 1:], expected,
           "mlp_block works on each row by itself",
           "rows (2, 3, 0 ...), (4, 6, 0 ...) and 0, mlp_norm doubles: the last two", AXES)
-
+    equal(layer.bfloat16().mlp_block(x.bfloat16()).dtype, torch.bfloat16,
+          "mlp_block keeps the dtype of x", "layer and x in bfloat16: dtype")
 
     layer, x = random_mlp()
     close(layer.mlp_block(x), golden()["mlp"],

@@ -316,6 +316,10 @@ def distances():
           "float32 has lost (see the docstring of distances)",
           "target (1, 1e-4, 1e-4), rows (10000, 1, 1.2), (10000, 1, 1.4), (10000, 1, 1.1), "
           "distances in units of 1e-5", ("row",), tolerance=0.1)
+    overflowed = distance(torch.tensor([[3.0, torch.nan], [3.0, 4.0]]), torch.tensor([3.0, 4.0]))
+    equal(overflowed.isfinite().tolist(), [False, True],
+          "The distance of a candidate that overflowed is NaN, so that it can be told from others",
+          "rows (3, NaN) and (3, 4), target (3, 4): which distances are numbers")
     close(distance(*random_rows()), golden()["distances"],
           "The distance of two directions is |u - v| of their unit vectors",
           "random rows (3, 8) and target", ("row",))

@@ -39,6 +39,17 @@ PREFIXES = [                  # drafted, accepted, the whole model's own token a
 ]
 
 
+def judged_at_ties(drafted: list[int]):
+    """What accept_greedy makes of a draft where two logits of each row are the largest.
+
+    Of row 0 those of tokens 1 and 3, of row 1 those of 2 and 4.
+    """
+    from speculative import accept_greedy
+    logits = torch.eye(5)[[1, 2]] + torch.eye(5)[[3, 4]]
+    example = f"drafted {drafted}, logits {show(logits[:len(drafted) + 1])}"
+    return parts(accept_greedy(drafted, logits[:len(drafted) + 1]), "accept_greedy", NAMES, example)
+
+
 def random_prefixes():
     """Drafts with their first mistake at a place chosen beforehand; and what is accepted."""
     for count in range(6):
@@ -62,6 +73,13 @@ def prefix():
         equal(accepted, expected,
               "The longest prefix of the draft that the whole model would have written itself is "
               "accepted", f"{example}: accepted")
+
+
+    for drafted, expected in (([3], (0, 1)), ([1], (1, 2)), ([4], (0, 1))):
+        equal(judged_at_ties(drafted), expected,
+              "Of equal logits the first counts, as argmax has it and plain decoding writes",
+              f"drafted {drafted}, logits of tokens 1 and 3 the largest, then those of 2 and 4: "
+              f"{NAMES}")
 
 
 @check(2, "Greedy: the token after it")
@@ -170,6 +188,22 @@ def residual():
         likely(tokens, expected,
                "In place of the rejected token at row i one is drawn from max(p[i] - q[i], 0), "
                "normalised", f"{case(drafted, q, p)}, {accepted} accepted, next token")
+    of_many()
+
+
+def of_many(size: int = 2000, moved: float = 0.002):
+    """A residual that is one token among many."""
+    from speculative import accept_sampled
+    q = torch.full((size,), (1 - moved) / (size - 1))
+    p = q.clone()
+    q[0], p[0] = moved, 0.0
+    p[1] += moved
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        got = accept_sampled([0], [q.clone()], torch.stack((p, p)), rng)
+        equal(tuple(map(int, got)), (0, 1),
+              "Where p has no more than q nothing is drawn, however many such tokens there are",
+              f"{size} tokens, of which only token 1 has p > q, drafted [0] with p 0: {NAMES}")
 
 
 BONUS = [                     # drafted, q, p, {(accepted, token): probability}

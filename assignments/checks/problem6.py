@@ -107,6 +107,9 @@ def drafts():
             equal((len(one.rows), one.skip), (1, frozenset(skip)),
                   "A draft step is one row through the layers not in skip",
                   f"{ran.example}, (rows, skip) of a pass")
+        equal(len(ran.passes), most,
+              "A drafted token costs one pass: what was drafted before it is in the cache already, "
+              "and the last one is fed by nobody", f"{ran.example}, number of passes")
         for token in ran.tokens:
             is_int(token, "A drafted token", ran.example)
         equal(ran.tokens, expected_draft(tokens, skip, most),
@@ -174,20 +177,23 @@ def exits():
 
 # ---------------------------------------------------------------------------- room for a draft
 
-def ask(length: int, left: int, *, width: int | None = None, extra: int = 0):
+def ask(length: int, left: int, *, extra: int = 0, moves=True, behind: int = 0, **settings):
     """The student's checked_draft, over a drafter that drafts what it may, and ``extra`` tokens.
 
-    length: tokens in the cache. left: tokens still to write. The draft moves cache.length.
+    length: tokens in the cache. left: tokens still to write. moves: does the draft move
+    cache.length? behind: so far has the drafter moved it earlier.
     """
     import speculative
-    text = text_of([i % VOCABULARY for i in range(length + 1)], left, width=width)
+    text = text_of([i % VOCABULARY for i in range(length + 1)], left, **settings)
+    text.cache.length += behind
     seen = SimpleNamespace(most=0, draft=None, text=text)
 
     class Greedy(speculative.Drafter):
         def propose(self, text, most):
             seen.most = most
             tokens = [1] * (most + extra)
-            text.cache.length += len(tokens)
+            if moves:
+                text.cache.length += len(tokens)
             seen.draft = speculative.Draft(tokens, [None] * len(tokens))
             return seen.draft
 
@@ -213,6 +219,17 @@ def room():
               "With a width the pending token and the draft fill one pass at most, and the draft "
               "is still shorter than what is left to write",
               f"{length} tokens in the cache, {left} still to write, width {width}: most")
+    equal(ask(3, 9, width=5, narrowest=1).most, 4,
+          "With a width the pending token and the draft fill one pass at most",
+          "3 tokens in the cache, 9 still to write, width 5, narrowest 1: most")
+    for moves, behind, drafter in (
+        (False, 0, "leaves cache.length alone"),
+        (True, 2, "had moved cache.length by 2 before it was asked"),
+    ):
+        equal(ask(3, 9, moves=moves, behind=behind).text.cache.length, 3,
+              "After a draft the cache holds all tokens but the pending one, whatever the drafter "
+              "did with it",
+              f"3 tokens in the cache, a drafter that {drafter}: cache.length")
     with mock.patch("speculative.BLOCK", 8), mock.patch("model.BLOCK", 8):
         for length in (0, 5, 6, 7, 8, 13):
             block = length // 8
@@ -323,7 +340,8 @@ def scripted(played: Played, count: int, script: list[int], chance: random.Rando
 
     def accept_sampled(drafted, q, p, rng):
         played.judged.append(SimpleNamespace(
-            drafted=list(drafted), q=list(q), p=p, seed=rng.initial_seed()))
+            drafted=list(drafted), q=list(q), p=p, seed=rng.initial_seed(),
+            chance=torch.rand(1, generator=rng).item()))
         return judge(drafted)
 
     def checked_draft(drafter, text):
@@ -348,18 +366,20 @@ def play(
     *,
     broken: tuple[int, int] | None = None,
     known: int | None = 0,
+    dtype=torch.float32,
     **settings,
 ) -> Played:
     """The student's decode with a scripted drafter.
 
     script: how many tokens of each draft are accepted; 0 from its end on. broken: a cycle, and the
     row of its verify pass whose logits are NaN. known: tokens of the prompt that the cache given
-    holds; None: no cache is given.
+    holds; None: no cache is given. dtype: of the model's states.
     """
     import speculative
     chance = random.Random(1)
     played = Played(stats=speculative.Stats())
     llama = token_model()
+    llama.dtype = dtype
     played.passes = llama.passes
     drafter = scripted_drafter(played, chance)
     if known is not None:
@@ -421,6 +441,10 @@ def written():
                     before += played.accepted[cycle] + 1
     for stop in range(VOCABULARY):
         played = play([1, 2, 3], 9, [1, 2, 3], stop={stop})
+        if not played.tokens:
+            raise PropertyError(
+                "A token in stop that the prompt ends in ends nothing",
+                f"prompt [1, 2, 3], stop {{{stop}}}, 9 tokens asked for: none were written")
         expected = played.expected[:9]
         if stop in expected:
             expected = expected[:expected.index(stop) + 1]
@@ -496,6 +520,10 @@ def drafter_is_told():
                   "text's last", f"{example}: new tokens before each call")
             for cycle, one in enumerate(played.observed):
                 observes(one, cycle, played, list(prompt), f"{example}, cycle {cycle}")
+    for one in play([1, 2, 3], 9, [1, 0, 2], dtype=torch.bfloat16).observed:
+        equal(one.outcome.hidden.dtype, torch.bfloat16,
+              "A drafter is given the states in the model's own dtype",
+              "states in bfloat16: dtype of an Outcome's hidden")
 
 
 def ends(played: Played) -> list[int]:
@@ -627,6 +655,11 @@ def settings():
         equal(play([1, 2], 3, [1], temperature=1.0, seed=seed).judged[0].seed, seed,
               "All chance comes from the seed: accept_sampled gets text.rng",
               f"seed {seed}: initial_seed of its rng")
+    chances = [one.chance for one in play([1, 2], 6, [0, 0, 0], temperature=1.0).judged]
+    equal(len(set(chances)), len(chances),
+          "A text has one generator, which goes on from cycle to cycle",
+          f"temperature 1, {len(chances)} cycles, in each of which accept_sampled draws a number: "
+          "different numbers")
     for known in (0, 1, 2):
         first = play([1, 2, 3, 4], 2, [1], known=known).passes[0]
         equal((first.start, first.rows), (known, [1, 2, 3][known:]),
@@ -720,6 +753,7 @@ def noted():
 
     def optimize(model, cache, hidden, budget, select=select_layers):
         selection = select(None, hidden, budget)
+        hidden = hidden if hidden.dim() == 3 else hidden[:, None]    # of one token
         seen.runs.append(SimpleNamespace(model=model, cache=cache, hidden=hidden, budget=budget))
         return selection
 
@@ -812,8 +846,8 @@ def due(hidden: Tensor | None, interval: int) -> list[int]:
 
 
 def marked_states(*marks: float) -> Tensor:
-    """States h_0 .. h_L of so many tokens, which are all a token's mark."""
-    return torch.tensor(marks)[:, None].repeat(LAYERS + 1, 1, VOCABULARY)
+    """States h_0 .. h_L of so many tokens, which are all a token's mark, in bfloat16."""
+    return torch.tensor(marks, dtype=torch.bfloat16)[:, None].repeat(LAYERS + 1, 1, VOCABULARY)
 
 
 BEGUN = [-1.0, -0.5, 0.0]     # marks of the prompt's tokens, where there are states
@@ -871,6 +905,9 @@ def on_what():
                       "The DP gets h_0 .. h_L of the last opt_tokens tokens in the cache, "
                       "(L+1, T, dim), or of all that the drafter was told if these are fewer",
                       f"{where}: shape")
+                equal(run.hidden.dtype, torch.bfloat16,
+                      "The DP gets the states in the dtype that they came in",
+                      f"{where}, states in bfloat16: dtype")
                 equal(run.hidden[0, :, 0].tolist(), marks,
                       "The DP gets the states that the drafter was told last, of several cycles if "
                       "opt_tokens are more than one has",

@@ -9,14 +9,15 @@ from solutions.common import solves
 
 @solves("model.RMSNorm.forward")
 def rms_norm(self, x):
-    square = x.pow(2).mean(-1, keepdim=True)
-    scaled = x / (square + self.eps).sqrt()
-    return scaled * self.weight
+    wide = x.float()
+    square = wide.pow(2).mean(-1, keepdim=True)
+    scaled = wide / (square + self.eps).sqrt()
+    return scaled.type_as(x) * self.weight
 
 
 rms_norm.mistake(
     "mean subtracted",
-    ("square =", "x = x - x.mean(-1, keepdim=True)\n    square ="))
+    ("square =", "wide = wide - wide.mean(-1, keepdim=True)\n    square ="))
 rms_norm.mistake(
     "eps outside the root",
     ("(square + self.eps).sqrt()", "(square.sqrt() + self.eps)"))
@@ -25,10 +26,13 @@ rms_norm.mistake(
     ("mean(-1, keepdim=True)", "sum(-1, keepdim=True)"))
 rms_norm.mistake(
     "weight forgotten",
-    ("scaled * self.weight", "scaled"))
+    (" * self.weight", ""))
 rms_norm.mistake(
     "in float32 for good",
-    ("scaled * self.weight", "(scaled * self.weight).float()"))
+    (".type_as(x)", ""))
+rms_norm.mistake(
+    "squares in the dtype of x",
+    ("wide = x.float()", "wide = x"))
 rms_norm.mistake(
     "mean over all axes",
     ("mean(-1, keepdim=True)", "mean()"))
@@ -102,6 +106,9 @@ rotate.mistake(
     "halves not swapped",
     ("(second, first)", "(first, second)"))
 rotate.mistake(
+    "in float32 for good",
+    ("x.chunk(2", "x.float().chunk(2"))
+rotate.mistake(
     "turned the other way",
     ("+ swapped", "- swapped"))
 
@@ -161,6 +168,13 @@ attention.mistake(
     "each key-value head repeated as often as there are such heads",
     ("q.shape[1] // k.shape[1]", "k.shape[1]"))
 attention.mistake(
+    "a softmax in float32 for good",
+    ("scores.softmax(-1) @ v", "scores.softmax(-1, torch.float32) @ v.float()"))
+attention.mistake(
+    "a softmax without the shift",
+    ("return scores.softmax(-1)",
+     "weights = scores.exp()\n    return weights / weights.sum(-1, keepdim=True)"))
+attention.mistake(
     "scores not scaled",
     (" / math.sqrt(q.shape[-1])", ""))
 attention.mistake(
@@ -214,6 +228,9 @@ attention_block.mistake(
     "the heads together as wide as x",
     ("reshape(*x.shape[:2], -1)", "reshape(x.shape)"))
 attention_block.mistake(
+    "a single row's mask forgotten",
+    ("self.attend(q, k, v, mask)", "self.attend(q, k, v, mask if x.shape[1] > 1 else None)"))
+attention_block.mistake(
     "keys cached before rotation",
     ("k = model.rotate(k, cos, sin)", "unturned = k\n    k = model.rotate(k, cos, sin)"),
     ("store(k, v)", "store(unturned, v)"))
@@ -251,6 +268,9 @@ def mlp_block(self, x):
     return x + self.down(inner)
 
 
+mlp_block.mistake(
+    "inside in float32",
+    ("gate * gate", "gate.float() * gate"))
 mlp_block.mistake(
     "SiLU on up",
     ("gate, up =", "up, gate ="))

@@ -17,6 +17,9 @@ def distances(candidates, state):
 
 
 distances.mistake(
+    "no distance where it overflowed",
+    ("sqrt().float()", "sqrt().float().nan_to_num()"))
+distances.mistake(
     "from a float32 cosine",
     ("return square.mean(-1).sqrt().float()",
      "cosine = torch.cosine_similarity(rows.float(), target.float()[None], dim=-1)\n"

@@ -16,6 +16,13 @@ accept_greedy.mistake(
     "all agreeing tokens counted, not the prefix",
     ("[*agree, False].index(False)", "sum(agree)"))
 accept_greedy.mistake(
+    "of equal logits the last",
+    ("int(row.argmax())", "len(row) - 1 - int(row.flip(0).argmax())"))
+accept_greedy.mistake(
+    "a drafted token that ties accepted",
+    ("[a == b for a, b in zip(drafted, choices)]",
+     "[bool(row[a] == row.max()) for a, row in zip(drafted, logits)]"))
+accept_greedy.mistake(
     "own token from the last row",
     ("choices[accepted]", "choices[-1]"))
 accept_greedy.mistake(
@@ -55,6 +62,9 @@ def accept_sampled(drafted, q, p, rng):
     return accepted, draw(left)
 
 
+accept_sampled.mistake(
+    "a residual that is nowhere 0",
+    ("clamp(min=0)", "clamp(min=1e-6)"))
 accept_sampled.mistake(
     "accepted when p < q",
     ("p[i][d] / q[i][d]", "q[i][d] / p[i][d]"))

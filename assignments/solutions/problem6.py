@@ -42,6 +42,12 @@ draft_by_skipping.mistake(
     "norm and head forgotten",
     ("text.model.logits(states[-1])[0, -1]", "states[-1][0, -1]"))
 draft_by_skipping.mistake(
+    "the last drafted token fed as well",
+    ("    return speculative.Draft(drafted",
+     "    if drafted:\n"
+     "        text.model(speculative.as_row(text.model, [fed]), text.cache, skip)\n"
+     "    return speculative.Draft(drafted"))
+draft_by_skipping.mistake(
     "logits with an axis of rows",
     ("[0, -1]", "[0]"))
 draft_by_skipping.mistake(
@@ -121,13 +127,22 @@ def checked_draft(drafter, text):
     draft = drafter.propose(text, most)
     if not len(draft.tokens) <= most:
         raise ValueError("too long a draft")
-    text.cache.length = n
+    text.cache.length = len(text.tokens) - 1
     return draft
 
 
 checked_draft.mistake(
     "not rolled back",
-    ("text.cache.length = n", "pass"))
+    ("text.cache.length = len(text.tokens) - 1", "pass"))
+checked_draft.mistake(
+    "put back to what was found",
+    ("text.cache.length = len(text.tokens) - 1", "text.cache.length = n"))
+checked_draft.mistake(
+    "moved back by what was drafted",
+    ("text.cache.length = len(text.tokens) - 1", "text.cache.length -= len(draft.tokens)"))
+checked_draft.mistake(
+    "the narrowest pass taken for the widest",
+    ("limits.append(text.width - 1)", "limits.append(text.pass_width(1) - 1)"))
 checked_draft.mistake(
     "what is left to write forgotten where there is a width",
     ("[left - 1]", "[left - 1] if text.width is None else []"))
@@ -188,6 +203,16 @@ def decode(model, prompt, max_new_tokens, drafter, **settings):
                 break
 
 
+decode.mistake(
+    "finished before it began, by a prompt that ends in stop",
+    ("stats.new_tokens and text.is_finished", "text.is_finished"))
+decode.mistake(
+    "states in float32",
+    ("state[:, kept] for", "state[:, kept].float() for"))
+decode.mistake(
+    "seeded anew in each cycle",
+    ("            accepted, own =",
+     "            text.rng.manual_seed(text.rng.initial_seed())\n            accepted, own ="))
 decode.mistake(
     "passes always padded to the whole width",
     ("text.pass_width(len(rows))", "text.width"))
@@ -446,6 +471,9 @@ def observe(self, text, outcome):
         self.choose_layers(text)
 
 
+observe.mistake(
+    "states in float32",
+    ("[outcome.hidden]", "[outcome.hidden.float()]"))
 observe.mistake(
     "interval counted in tokens",
     ("text.stats.cycles", "text.stats.new_tokens"))
