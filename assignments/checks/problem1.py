@@ -247,7 +247,6 @@ def attends():
           "query (2, 0), keys (1, 0) and (0, 0) with values 1 and 0, head_dim 2: the weight of the "
           "first", (None,))
 
-
     close(attention(100 * q, 100 * k, k.clone(), None)[0, 0, 0, :1], [1.0],
           "The softmax is of the scores less their largest, or large ones overflow",
           "query (200, 0), keys (100, 0) and (0, 0) with values 1 and 0: what is read", (None,))
