@@ -96,8 +96,14 @@ def with_cache():
     for start, rows in ((0, 1), (0, 2), (3, 1), (3, 2)):
         cache = marked_cache(start)
         tokens = [1, 2][:rows]
-        _, calls = forward(tokens, {2}, cache)
+        got, calls = forward(tokens, {2}, cache)
         example = f"cache.length {start}, tokens {tokens}"
+        equal(len(got), 5,
+              "forward returns h_0 .. h_L, a state for the embedding and one after each layer, run "
+              "or skipped", f"{example}, layer 2 skipped: number of states")
+        close(got[3], got[2],
+              "A skipped layer's state is the one before it",
+              f"{example}, layer 2 skipped: the state after it", ("batch", "row", "dimension"))
         equal(cache.length, start + rows,
               "forward moves cache.length on by the rows it was given, once",
               f"{example}, cache.length")

@@ -173,6 +173,16 @@ def several_tokens(name: str):
     same_sets(name, "dp of tokens")
     same_sets(name, "dp by another measure")
     same_cosines(name, "dp of tokens")
+    layer, states = consistent_toy(4, 0, TOKENS)
+    example = named(4, 2, "consistent_toy", kind=KINDS["dp by another measure"])
+    select = partial(function(name), measure=of_the_last_token)
+    with doubles(), mock.patch("dp_skip.cosines", lambda candidates, _: [7.0] * len(candidates)):
+        _, got = selected(select, layer, states, 2, example)
+    if list(got) == [7.0] * 3:                         # they are what ``cosines`` makes
+        return
+    sets, got = selected(select, layer, states, 2, example)
+    close(torch.tensor(got), [cosine_of(skip, layer, states) for skip in sets],
+          "Cosines are cosines, whatever measure has chosen the sets", example, ("m",))
 
 
 def same_cosines(name: str, kind: str = "dp"):

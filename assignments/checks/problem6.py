@@ -261,7 +261,7 @@ class Played:
     stats: object
     tokens: list = field(default_factory=list)         # as they were yielded
     lengths: list = field(default_factory=list)        # cache.length at each yield
-    counts: list = field(default_factory=list)         # (cycles, drafted, accepted) at each
+    counts: list = field(default_factory=list)         # what ``COUNTED`` says, at each
     begun: list = field(default_factory=list)          # what begin was given, and when
     drafts: list = field(default_factory=list)         # of each cycle
     judged: list = field(default_factory=list)         # what each acceptance was given
@@ -282,8 +282,8 @@ class Played:
         return lambda: self.seconds + 100 * len(model.passes)
 
 
-def scripted_drafter(played: Played, chance: random.Random):
-    """A drafter that proposes tokens at random, and notes what it is told."""
+def scripted_drafter(played: Played, chance: random.Random, k: int):
+    """A drafter that proposes k tokens at random, if there is room, and notes what it is told."""
     import speculative
 
     class Scripted(speculative.Drafter):
@@ -297,7 +297,7 @@ def scripted_drafter(played: Played, chance: random.Random):
 
         def propose(self, text, most):
             played.seconds += TAKES["propose"]
-            tokens = [chance.randrange(VOCABULARY) for _ in range(min(most, K))]
+            tokens = [chance.randrange(VOCABULARY) for _ in range(min(most, k))]
             start = text.cache.length
             for slots in text.cache.keys + text.cache.values:  # what a draft leaves is scratch
                 slots[:, :, start:start + K] = 6.0
@@ -316,6 +316,7 @@ def scripted_drafter(played: Played, chance: random.Random):
                 seconds=dict(outcome.seconds),
                 length=text.cache.length,
                 written=len(played.tokens),
+                drafts=len(played.drafts),
                 cycles=text.stats.cycles))
 
     return Scripted()
@@ -366,6 +367,7 @@ def play(
     *,
     broken: tuple[int, int] | None = None,
     known: int | None = 0,
+    k: int = K,
     dtype=torch.float32,
     **settings,
 ) -> Played:
@@ -373,7 +375,7 @@ def play(
 
     script: how many tokens of each draft are accepted; 0 from its end on. broken: a cycle, and the
     row of its verify pass whose logits are NaN. known: tokens of the prompt that the cache given
-    holds; None: no cache is given. dtype: of the model's states.
+    holds; None: no cache is given. k: tokens that are drafted. dtype: of the model's states.
     """
     import speculative
     chance = random.Random(1)
@@ -381,7 +383,7 @@ def play(
     llama = token_model()
     llama.dtype = dtype
     played.passes = llama.passes
-    drafter = scripted_drafter(played, chance)
+    drafter = scripted_drafter(played, chance, k)
     if known is not None:
         settings["cache"] = cache_of(llama, prompt[:known])
     played.prefills = int(len(prompt) - (known or 0) > 1)
@@ -400,7 +402,8 @@ def play(
                     f"{told(prompt, count, script)}: not called before the first token")
             played.lengths.append(played.text.cache.length)
             stats = played.stats
-            played.counts.append((stats.cycles, stats.drafted, stats.accepted))
+            played.counts.append((stats.cycles, stats.drafted, stats.accepted,
+                                  len(stats.tokens), len(stats.sources)))
             if len(played.tokens) > count + 5:
                 break
     equal(len(played.drafts), len(played.judged),
@@ -508,9 +511,9 @@ def verifies(one, text: list[int], drafted: list[int], example: str):
 @check(2, "The loop: what the drafter is told")
 def drafter_is_told():
     for prompt in PROMPTS:
-        for script in SCRIPTS:
-            played = play(prompt, 9, script)
-            example = told(prompt, 9, script)
+        for script, k in [*((script, K) for script in SCRIPTS), ([], 0)]:
+            played = play(prompt, 9, script, k=k)
+            example = f"{told(prompt, 9, script)}, drafts of {k} tokens"
             equal([one.cycles for one in played.begun], [0],
                   "begin is called once, before the first draft",
                   f"{example}: drafts before each call")
@@ -557,6 +560,8 @@ def observes(one, cycle: int, played: Played, prompt: list[int], example: str):
     equal(one.length, len(cached),
           "When observe is called, the cache holds all tokens but the pending one",
           f"{example}: cache.length")
+    equal(one.drafts, cycle + 1,
+          "observe is called before the next draft is asked for", f"{example}: drafts so far")
     equal(one.cycles, cycle + 1,
           "When observe is called, stats.cycles counts the cycle", f"{example}: stats.cycles")
     are_states_of(outcome.hidden, cached, outcome.accepted + 1,
@@ -704,17 +709,20 @@ def statistics():
               f"stats.{name} {meaning}", f"{example}: {name}")
     equal(played.counts, counts(played),
           "stats are up to date at every yield, as the caller may stop there: a cycle is counted "
-          "before its first token goes out",
-          f"{example}: (cycles, drafted, accepted) at each new token")
+          "before its first token goes out, and a token before it does",
+          f"{example}: {COUNTED} at each new token")
 
 
-def counts(played: Played) -> list[tuple[int, int, int]]:
-    """(cycles, drafted, accepted) as they should be at each yield."""
+COUNTED = "(cycles, drafted, accepted, number of tokens, of sources)"
+
+
+def counts(played: Played) -> list[tuple[int, ...]]:
+    """What ``COUNTED`` says, as it should be at each yield."""
     drafts = itertools.accumulate(len(judged.drafted) for judged in played.judged)
     totals = zip(itertools.count(1), drafts, itertools.accumulate(played.accepted))
     at_yields = [total for total, accepted in zip(totals, played.accepted)
                  for _ in range(accepted + 1)]
-    return at_yields[:len(played.tokens)]
+    return [(*total, n, n) for n, total in enumerate(at_yields[:len(played.tokens)], 1)]
 
 
 # ---------------------------------------------------------------------------- CLaSp's drafter

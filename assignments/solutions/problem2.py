@@ -46,6 +46,9 @@ forward.mistake(
     "values cached as keys",
     ("cache.put(i, start, end, k, v)", "cache.put(i, start, end, v, k)"))
 forward.mistake(
+    "no state for a skipped layer where there is a cache",
+    ("    states.append(x)", "    if not (left_out and cache):\n            states.append(x)"))
+forward.mistake(
     "positions from 0 with a cache",
     ("cache.cos[start:start + rows]", "cache.cos[:rows]"),
     ("cache.sin[start:start + rows]", "cache.sin[:rows]"))

@@ -40,6 +40,9 @@ select_layers.mistake(
     "smallest not checked",
     ("layer_count(states, budget, smallest)", "layer_count(states, budget)"))
 select_layers.mistake(
+    "cosines made of the measure",
+    ("dp_skip.cosines(finals, states[-1])", "(1 - measure(finals, states[-1]) ** 2 / 2).tolist()"))
+select_layers.mistake(
     "another measure ignored",
     ("measure(pair", "dp_skip.distances(pair"))
 select_layers.mistake(

@@ -207,6 +207,34 @@ decode.mistake(
     "finished before it began, by a prompt that ends in stop",
     ("stats.new_tokens and text.is_finished", "text.is_finished"))
 decode.mistake(
+    "a token counted after it went out",
+    ("            stats.tokens.append(token)\n", ""),
+    ("            yield token\n",
+     "            yield token\n            stats.tokens.append(token)\n"),
+    ("stats.new_tokens and text", "stats.cycles and text"))
+decode.mistake(
+    "its source noted after it went out",
+    ("            stats.sources.append(draft.source if i < accepted else \"\")\n", ""),
+    ("            yield token\n",
+     "            yield token\n"
+     "            stats.sources.append(draft.source if i < accepted else \"\")\n"))
+decode.mistake(
+    "nothing told of a cycle without a draft",
+    ("if stats.cycles > 0:", "if stats.cycles > 0 and draft.tokens:  # noqa: F821"))
+decode.mistake(
+    "told of a cycle after the next draft",
+    ("""        if stats.cycles > 0:
+            with text.timed("optimize"):
+                drafter.observe(text, outcome)         # noqa: F821
+        with text.timed("draft"):
+            draft = speculative.checked_draft(drafter, text)
+""", """        with text.timed("draft"):
+            draft = speculative.checked_draft(drafter, text)
+        if stats.cycles > 0:
+            with text.timed("optimize"):
+                drafter.observe(text, outcome)         # noqa: F821
+"""))
+decode.mistake(
     "states in float32",
     ("state[:, kept] for", "state[:, kept].float() for"))
 decode.mistake(
