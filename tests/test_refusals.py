@@ -418,9 +418,12 @@ def test_ctrl_c_keeps_the_text_and_prints_the_statistics(long_folder):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("seconds", [0.1, 0.5, 1.0])
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="it says that PyTorch loads")
+@pytest.mark.parametrize("seconds", [0.0, 0.4, 0.9])
 def test_ctrl_c_while_the_program_loads_ends_it_without_a_traceback(long_folder, seconds):
     run = start(long_folder)
+    while "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text():
+        time.sleep(0.01)
     time.sleep(seconds)
     run.send_signal(signal.SIGINT)
     _, err = run.communicate(timeout=60)
