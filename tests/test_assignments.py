@@ -268,7 +268,7 @@ def test_code_that_hangs_crashes_or_leaves_loses_its_checks_only(solved):
     misbehave(solved, "model.Llama.logits", "return torch.ones(2).as_strided((9,), (1 << 60,))")
     misbehave(solved, "dp_skip.distances", "while True: pass")
     misbehave(solved, "model.Llama.candidate_layer", "return torch.empty(1 << 40)")
-    misbehave(solved, "speculative.accept_greedy", "import time; time.sleep(1e9)")
+    misbehave(solved, "speculative.checked_draft", "import time; time.sleep(1e9)")
     results = graded(solved)
     said = outputs(results)
     got = scores(results)
@@ -281,9 +281,9 @@ def test_code_that_hangs_crashes_or_leaves_loses_its_checks_only(solved):
     assert re.search(late.format(10, "dp_skip"), said["3.1"])
     assert got[4] == FULL[4] - 9
     assert "3 GiB" in said["4.7"]
-    assert got[5] == FULL[5] - 5
-    assert re.search(late.format(60, "speculative"), said["5.1"])
-    assert got[6] == FULL[6]
+    assert got[5] == FULL[5]
+    assert got[6] == FULL[6] - 2
+    assert re.search(late.format(60, "speculative"), said["6.3"])
 
 
 @pytest.mark.parametrize("status, faults, how", [
@@ -822,9 +822,8 @@ def test_the_exported_tests_pass_on_a_filled_in_export(exported, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("problem", [3, 4])
-def test_those_of_the_dp_and_the_page_pass_on_a_shorter_export(exported, tmp_path, problem):
-    solved = solve(exported((problem,)), tmp_path / "solved", problem)
+def test_those_of_the_dp_and_the_page_pass_on_a_shorter_export(exported, tmp_path):
+    solved = solve(exported((3,)), tmp_path / "solved", 3)
     assert_tests_pass(solved, tmp_path, "test_dp_skip.py", "test_trace.py")
 
 
