@@ -253,6 +253,9 @@ def attends():
     narrow = [one.bfloat16() for one in random_attention()]
     equal(attention(*narrow).dtype, torch.bfloat16,
           "Attention keeps the dtype of q", "q, k, v and mask in bfloat16: dtype")
+    rows = column(1.0, 2.0, 3.0).bfloat16()
+    equal(attention(rows, rows, rows, None).dtype, torch.bfloat16,
+          "Attention keeps the dtype of q", "mask None, 3 rows, q, k and v in bfloat16: dtype")
 
     close(attention(*random_attention()), golden()["attended"],
           "Attention is softmax(q k^T / sqrt(head_dim) + mask) v",
@@ -324,14 +327,14 @@ def block_attends():
           "4 heads of 2 dimensions, 2 key-value heads, whose values are (1, 2) and (3, 4); what "
           "attention adds to x (1, 1, 8)", AXES)
 
-    layer = bare_layer(head_dim=4)
-    layer.qkv.weight.data[24:] = torch.eye(8)          # value head 0 is (x0 .. x3)
-    layer.o.weight.data[:, ::2] = torch.eye(8)         # of each head dimensions 0 and 2
-    x = row(1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
-    close(run(layer, x, *still(1, head_dim=4)) - x, [[[1.0, 3, 1, 3, 5, 7, 5, 7]]],
-          "head_dim is the config's: the heads together may be wider than x",
-          "4 heads of 4 dimensions, 2 key-value heads, whose values are (1 .. 4) and (5 .. 8), "
-          "x (1, 1, 8), an o that takes dimensions 0 and 2 of each head: what is added to x", AXES)
+    layer = bare_layer(num_attention_heads=3, num_key_value_heads=1, head_dim=4)
+    layer.qkv.weight.data[16:] = torch.eye(8)[:4]      # the value head is (x0 .. x3)
+    layer.o.weight.data[:, :8] = torch.eye(8)
+    x = row(1.0, 2.0, 3.0, 4.0)
+    close(run(layer, x, *still(1, head_dim=4)) - x, [[[1.0, 2, 3, 4, 1, 2, 3, 4]]],
+          "Numbers of heads and head_dim are the config's: the heads together may be wider than x",
+          "3 heads of 4 dimensions, 1 key-value head, whose value is (1 .. 4), x (1, 1, 8), an o "
+          "that takes the first two heads: what is added to x", AXES)
 
     layer = bare_layer()
     layer.qkv.weight.data[12:] = torch.eye(8)[:4]

@@ -175,6 +175,10 @@ attention.mistake(
     ("return scores.softmax(-1)",
      "weights = scores.exp()\n    return weights / weights.sum(-1, keepdim=True)"))
 attention.mistake(
+    "a causal mask in float32",
+    ("scores = scores.masked_fill(later, -math.inf)",
+     "scores = scores + torch.zeros(rows, rows).masked_fill(later, -math.inf)"))
+attention.mistake(
     "scores not scaled",
     (" / math.sqrt(q.shape[-1])", ""))
 attention.mistake(
@@ -224,6 +228,10 @@ attention_block.mistake(
 attention_block.mistake(
     "head_dim taken from the hidden size",
     ("heads * self.head_dim for", "heads * (x.shape[-1] // self.heads) for"))
+attention_block.mistake(
+    "half of qkv taken for the queries",
+    ("q, k, v = self.qkv(normed).split(sizes, dim=-1)",
+     "q, k, v = self.qkv(normed).split([2 * sizes[1], sizes[1], sizes[2]], dim=-1)"))
 attention_block.mistake(
     "the heads together as wide as x",
     ("reshape(*x.shape[:2], -1)", "reshape(x.shape)"))

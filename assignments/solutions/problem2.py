@@ -94,8 +94,8 @@ forward.mistake(
 
 @solves("model.causal_mask")
 def causal_mask(start, rows, slots, x):
-    slot = torch.arange(slots)
-    row = start + torch.arange(rows)[:, None]
+    slot = torch.arange(slots, device=x.device)
+    row = start + torch.arange(rows, device=x.device)[:, None]
     hidden = slot > row
     return x.new_zeros(rows, slots).masked_fill(hidden, -math.inf)
 
