@@ -76,9 +76,9 @@ def dp_cells(text: Text, run: DPRun, smallest: int) -> dict[tuple[int, int], lis
     text.cache.length = run.length
     select = partial(select_layers, smallest=smallest, measure=noted)
     optimize(text.model, text.cache, run.hidden, run.budget, select)
-    columns = {i: range(max(1, smallest - (layers - i)), min(i, run.budget + 1))
-               for i in range(1, layers + 1)}          # of each layer, the j that have a choice
-    places = [[(i, j) for j in columns[i]] for i in columns if columns[i]]
+    cells_of = [[(i, j) for j in range(max(1, smallest - (layers - i)), min(i, run.budget + 1))]
+                for i in range(1, layers + 1)]         # of each layer, those that have a choice
+    places = [cells for cells in cells_of if cells]
     if [len(call) for call in calls] != [len(cells) for cells in places for _ in range(2)]:
         raise OtherDPError
     found = {}

@@ -327,18 +327,6 @@ def block_attends():
           "4 heads of 2 dimensions, 2 key-value heads, whose values are (1, 2) and (3, 4); what "
           "attention adds to x (1, 1, 8)", AXES)
 
-    layer = bare_layer(num_attention_heads=3, num_key_value_heads=1, head_dim=4)
-    layer.qkv.weight.data[16:] = torch.eye(8)[:4]      # the value head is (x0 .. x3)
-    layer.o.weight.data[:, :8] = torch.eye(8)
-    x = row(1.0, 2.0, 3.0, 4.0)
-    close(run(layer, x, *still(1, head_dim=4)) - x, [[[1.0, 2, 3, 4, 1, 2, 3, 4]]],
-          "Numbers of heads and head_dim are the config's: the heads together may be wider than x",
-          "3 heads of 4 dimensions, 1 key-value head, whose value is (1 .. 4), x (1, 1, 8), an o "
-          "that takes the first two heads: what is added to x", AXES)
-
-    layer = bare_layer()
-    layer.qkv.weight.data[12:] = torch.eye(8)[:4]
-    layer.o.weight.data = torch.eye(8)
     slots = column(2.0, 4.0, 8.0, 12.0).expand(1, 2, 4, 2)
     mask = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf], [-torch.inf, 0.0, 0.0, 0.0]])
 
@@ -355,6 +343,15 @@ def block_attends():
           "The block attends under the mask it is given, with a single row, too",
           "scores all equal, 1 row, 4 slots with values 2, 4, 8, 12, of which it may see 0 and 2",
           ("row",))
+
+    layer = bare_layer(num_attention_heads=3, num_key_value_heads=1, head_dim=4)
+    layer.qkv.weight.data[16:] = torch.eye(8)[:4]      # the value head is (x0 .. x3)
+    layer.o.weight.data[:, :8] = torch.eye(8)
+    x = row(1.0, 2.0, 3.0, 4.0)
+    close(run(layer, x, *still(1, head_dim=4)) - x, [[[1.0, 2, 3, 4, 1, 2, 3, 4]]],
+          "Numbers of heads and head_dim are the config's: the heads together may be wider than x",
+          "3 heads of 4 dimensions, 1 key-value head, whose value is (1 .. 4), x (1, 1, 8), an o "
+          "that takes the first two heads: what is added to x", AXES)
 
 
 class Slots:

@@ -16,12 +16,20 @@ NAMES = "number accepted, next token"             # of what both functions retur
 
 # ---------------------------------------------------------------------------- greedy
 
-def judged(drafted: list[int], choices: list[int] = (4, 2, 0, 1)):
-    """What accept_greedy makes of a draft when the whole model would write these."""
+def judged(drafted: list[int], choices: list[int] = (4, 2, 0, 1), ties: list[int] | None = None):
+    """What accept_greedy makes of a draft when the whole model would write these.
+
+    ties: of each row, another token whose logit is as large.
+    """
     from speculative import accept_greedy
     choices = list(choices[:len(drafted) + 1])
     example = f"drafted {drafted}, the whole model's choices {choices}"
-    got = accept_greedy(drafted, torch.eye(5)[choices])
+    logits = torch.eye(5)[choices]
+    if ties is not None:
+        ties = ties[:len(choices)]
+        example += f", other tokens with logits as large {ties}"
+        logits += torch.eye(5)[ties]
+    got = accept_greedy(drafted, logits)
     return parts(got, "accept_greedy", NAMES, example), example
 
 
@@ -37,17 +45,6 @@ PREFIXES = [                  # drafted, accepted, the whole model's own token a
     ([3, 2, 0], 0, 4),
     ([4, 2, 1], 2, 0),
 ]
-
-
-def judged_at_ties(drafted: list[int]):
-    """What accept_greedy makes of a draft where two logits of each row are the largest.
-
-    Of row 0 those of tokens 1 and 3, of row 1 those of 2 and 4.
-    """
-    from speculative import accept_greedy
-    logits = torch.eye(5)[[1, 2]] + torch.eye(5)[[3, 4]]
-    example = f"drafted {drafted}, logits {show(logits[:len(drafted) + 1])}"
-    return parts(accept_greedy(drafted, logits[:len(drafted) + 1]), "accept_greedy", NAMES, example)
 
 
 def random_prefixes():
@@ -73,13 +70,11 @@ def prefix():
         equal(accepted, expected,
               "The longest prefix of the draft that the whole model would have written itself is "
               "accepted", f"{example}: accepted")
-
-
     for drafted, expected in (([3], (0, 1)), ([1], (1, 2)), ([4], (0, 1))):
-        equal(judged_at_ties(drafted), expected,
+        got, example = judged(drafted, [1, 2], ties=[3, 4])
+        equal(tuple(got), expected,
               "Of equal logits the first counts, as argmax has it and plain decoding writes",
-              f"drafted {drafted}, logits of tokens 1 and 3 the largest, then those of 2 and 4: "
-              f"{NAMES}")
+              f"{example}: {NAMES}")
 
 
 @check(2, "Greedy: the token after it")
