@@ -616,9 +616,12 @@ def prepare(args: argparse.Namespace, text: str) -> tuple[Decoder, Tokenizer, li
     prompt = tokenizer.encode(text, args.chat)
     require_room(args, folder, device, dtype, prompt)
     decoder = Decoder(args, folder, prepare_model(args, folder, device, dtype), tokenizer.stop)
-    if args.method == "clasp" and decoder.wants_exact and not decoder.is_exact:
-        say("not exact: kernels here round differently by a row's place, whatever the pass's width")
     return decoder, tokenizer, prompt
+
+
+def say_if_not_exact(decoder: Decoder):
+    if decoder.args.method == "clasp" and decoder.wants_exact and not decoder.is_exact:
+        say("not exact: kernels here round differently by a row's place, whatever the pass's width")
 
 
 def converse(args: argparse.Namespace) -> int:
@@ -631,6 +634,7 @@ def converse(args: argparse.Namespace) -> int:
     drafter = decoder.drafter if args.method == "clasp" else None
     conversation = Conversation(decoder.model, tokenizer, drafter, args.max_new_tokens,
                                 decoder.passes, **decoder.sampling)
+    say_if_not_exact(decoder)
     talk(conversation, args.json, say)
     return 0
 
@@ -649,6 +653,7 @@ def write(args: argparse.Namespace) -> int:
     pieces = tokenizer.stream(prompt, decoder.write(prompt, stats))
     text, interrupted = write_text(args, prompt_text, pieces, stats)
     report(args, stats, len(decoder.model.layers))
+    say_if_not_exact(decoder)
     comparison = {}
     if args.compare and not interrupted:
         try:

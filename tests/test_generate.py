@@ -168,6 +168,12 @@ def test_where_no_width_is_exact_this_is_said(capsys, monkeypatch, folder, flags
     assert ("not exact" in err) == said
 
 
+def test_a_refusal_is_one_line_where_no_width_is_exact(capsys, monkeypatch, folder):
+    monkeypatch.setattr(generate, "exact_passes", lambda model, rows: {})
+    assert main([*SHORT, "--model", folder, "--exact", "--max-new-tokens", "99999"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 @pytest.mark.parametrize("flags, drafter", [
     ([], Auto),
     (["--draft-length", "3"], Auto),
