@@ -19,7 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from itertools import cycle, groupby
+from itertools import cycle
+from os.path import commonprefix
 from pathlib import Path
 from threading import Thread
 from typing import NamedTuple
@@ -555,11 +556,9 @@ class Tokenizer:
         start = 0                                      # decoding begins here
         shown = len(prompt)                            # the text of the tokens before this is out
         known = self.decode(prompt)                    # the text from start to shown
-        if self.is_cut(prompt):
-            known = known.rstrip(BROKEN)
         for token in tokens:
             ids.append(token)
-            piece = self.decode(ids[start:])[len(known):]
+            piece = added_text(known, self.decode(ids[start:]))
             if piece == "" or piece.endswith(BROKEN) or self.is_undecided(token):
                 yield ""
             else:
@@ -567,16 +566,7 @@ class Tokenizer:
                 known = self.decode(ids[start:])
                 yield piece
         if shown < len(ids):
-            yield self.decode(ids[start:])[len(known):]
-
-    def is_cut(self, ids: list[int]) -> bool:
-        """May these tokens end within a character? Then their text does not make them again.
-
-        Only what follows the last special token is asked: a text says nothing of where those were.
-        """
-        runs = [list(run) for special, run in groupby(ids, self.special_ids.__contains__)
-                if not special]
-        return bool(runs) and self.ids_of(self.decode(runs[-1]), False) != runs[-1]
+            yield added_text(known, self.decode(ids[start:]))
 
     def is_undecided(self, token: int) -> bool:
         """Is it a byte such as <0xE6>, of LLaMA 1 and 2? Or special: bytes join across those."""
@@ -623,6 +613,14 @@ class Tokenizer:
         if isinstance(template, list):                 # several, by name
             template = {t["name"]: t["template"] for t in template}
         return template.get("default") if isinstance(template, dict) else template
+
+
+def added_text(known: str, text: str) -> str:
+    """What a text adds to a known one. That may end in BROKEN, within a character, and so differ.
+
+    "日" after the first of its bytes: added_text("a\ufffd", "a日") == "日".
+    """
+    return text[len(commonprefix((known, text))):]
 
 
 def sandbox():

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from fnmatch import fnmatch
+from os.path import commonprefix
 from pathlib import Path
 from threading import Event
 
@@ -355,14 +356,13 @@ def byte_fallback(tmp_path_factory) -> Tokenizer:
 
 
 def check_streaming(tokenizer: Tokenizer, ids: list[int], cut: int):
-    """Joined, the pieces are the text of all, less the prompt's up to its last whole character."""
+    """Joined, the pieces are the text of all, from where it is no longer the prompt's."""
     prompt = ids[:cut]
     tokens = ids[cut:]
     pieces = list(tokenizer.stream(prompt, iter(tokens)))
-    known = tokenizer.decode(prompt)
-    if tokenizer.is_cut(prompt):
-        known = known.rstrip(BROKEN)
-    assert "".join(pieces) == tokenizer.decode(ids)[len(known):]
+    text = tokenizer.decode(ids)
+    known = commonprefix((tokenizer.decode(prompt), text))
+    assert "".join(pieces) == text[len(known):]
     assert len(tokens) <= len(pieces) <= len(tokens) + 1
 
 
@@ -373,6 +373,13 @@ def test_a_prompt_that_ends_in_the_sign_for_broken_characters_is_not_shown_again
     special = byte_level.special["eos_token"]
     prompt = byte_level.encode(before.format(special=special) + BROKEN)
     assert "".join(byte_level.stream(prompt, iter(plain_ids(byte_level, " cat")))) == " cat"
+
+
+def test_nor_behind_a_special_token_where_texts_begin_with_a_space(byte_fallback):
+    sign = [3 + byte for byte in BROKEN.encode()]
+    prompt = [BYTE_FALLBACK.index(token) for token in ("▁a", "</s>")] + sign
+    assert byte_fallback.decode(prompt) == f"a{BROKEN}"
+    assert "".join(byte_fallback.stream(prompt, iter([BYTE_FALLBACK.index("b")]))) == "b"
 
 
 def cut_anywhere(ids: st.SearchStrategy):
