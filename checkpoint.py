@@ -174,7 +174,7 @@ def refuse_other_architectures(path: Path, raw: dict, rope: dict, rope_type: str
         (model_type == "llama", f"model_type {model_type!r}, not 'llama'"),
         (not raw.get("attention_bias"), "attention biases"),
         (not raw.get("mlp_bias"), "MLP biases"),
-        (raw.get("is_causal") is not False, "attention that sees later tokens (is_causal false)"),
+        (raw.get("is_causal", True), "attention that sees later tokens (is_causal false)"),
         (activation == "silu", f"activation {activation!r}, not 'silu'"),
         (rotated == [1, 1], "rotating only a part of each head"),
         (not raw.get("quantization_config"), "quantised weights"),

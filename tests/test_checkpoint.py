@@ -124,6 +124,7 @@ def folder(tmp_path) -> Path:
     ({"attention_bias": True}, "attention biases"),
     ({"mlp_bias": True}, "MLP biases"),
     ({"is_causal": False}, "later tokens"),
+    ({"is_causal": 0.0}, "later tokens"),
     ({"hidden_act": "gelu"}, "gelu"),
     ({"quantization_config": {"bits": 4}}, "quantised"),
     ({"rope_parameters": {"rope_type": "yarn"}}, "yarn"),
