@@ -200,6 +200,7 @@ def read_sizes(raw: dict) -> dict[str, int]:
 
 # ---------------------------------------------------------------------------- *.safetensors
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # By module of a decoder layer: the tensors that Hugging Face keeps it as, one below another.
 LAYER_PARTS = {
     "attention_norm": ["input_layernorm"],
@@ -238,6 +239,7 @@ class Part(NamedTuple):
 class Stored(NamedTuple):
     """A tensor in a file."""
     path: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str                # "BF16", ...
 
@@ -249,9 +251,9 @@ class Stored(NamedTuple):
 def parts(model: Llama) -> list[Part]:
     """All weights of a model, the largest first."""
     c = model.config
-    found = [Part("embed", ["model.embed_tokens.weight"], [c.vocab_size])]
+    found = [Part("embed", [EMBEDDING], [c.vocab_size])]
     if model.head is not None:
-        found.append(Part("head", ["lm_head.weight"], [c.vocab_size]))
+        found.append(Part("head", [HEAD], [c.vocab_size]))
     found.append(Part("norm", ["model.norm.weight"], [c.hidden_size]))
     q_rows = c.num_attention_heads * c.head_dim
     kv_rows = c.num_key_value_heads * c.head_dim
@@ -290,8 +292,9 @@ def read_headers(folder: Path) -> tuple[Config, dict[str, Stored]]:
     stored = stored_tensors(files)
     refuse_impossible_sizes(folder, config, files)
     is_tied = config.tie_word_embeddings and not has_its_own_head(stored)
-    if is_tied:
-        stored.pop("lm_head.weight", None)
+    if is_tied and HEAD in stored:                                   # files may name it either way
+        head = stored.pop(HEAD)
+        stored.setdefault(EMBEDDING, head)
     config = replace(config, tie_word_embeddings=is_tied)
     with torch.device("meta"):                                       # no memory yet
         require_parts(Llama(config), stored, folder)
@@ -327,7 +330,7 @@ def load_model(
         module = model.get_submodule(part.module)
         weight = torch.empty(module.weight.shape, dtype=dtype, device=device)
         for name, place in zip(part.names, weight.split(part.rows)):
-            read_into(place, stored[name].path, name, share.of_tensor(config, name))
+            read_into(place, stored[name], share.of_tensor(config, name))
         module.weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(module, nn.Linear):
             model.set_submodule(part.module, form(module))
@@ -355,14 +358,14 @@ def side_by_side(work: Callable, items: list):
         threads.shutdown(cancel_futures=True)
 
 
-def read_into(place: Tensor, path: Path, name: str, part):
-    """Copy a tensor from a file, or a part of it: an index.
+def read_into(place: Tensor, stored: Stored, part):
+    """Copy a tensor from its file, or a part of it: an index.
 
     The file is opened for each tensor, so that what is mapped of it does not count as used memory
     for long.
     """
-    with opened(path) as tensors:
-        place.copy_(tensors.get_slice(name)[part])
+    with opened(stored.path) as tensors:
+        place.copy_(tensors.get_slice(stored.name)[part])
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -405,21 +408,19 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
                 if name in found:
                     raise ModelError(f"{path}: the tensor {name} is in another file too")
                 if not name.endswith("rotary_emb.inv_freq"):
-                    found[name] = Stored(path, tuple(header.get_shape()), header.get_dtype())
+                    found[name] = Stored(path, name, tuple(header.get_shape()), header.get_dtype())
     return found
 
 
 def has_its_own_head(stored: dict[str, Stored]) -> bool:
     """Is a head stored, other than the embedding? It may be, though the config ties them."""
-    pair = [stored.get(name) for name in ("lm_head.weight", "model.embed_tokens.weight")]
-    if None in pair:
-        return pair[0] is not None
-    head, embedding = pair
+    if HEAD not in stored or EMBEDDING not in stored:
+        return False
+    head, embedding = stored[HEAD], stored[EMBEDDING]
     if head.shape != embedding.shape or head.dtype != embedding.dtype:
         return True
     with opened(head.path) as a, opened(embedding.path) as b:
-        return not torch.equal(a.get_tensor("lm_head.weight"),
-                               b.get_tensor("model.embed_tokens.weight"))
+        return not torch.equal(a.get_tensor(HEAD), b.get_tensor(EMBEDDING))
 
 
 def require_parts(model: Llama, stored: dict[str, Stored], folder: Path):

@@ -300,6 +300,21 @@ def test_a_stored_head_that_equals_the_embedding_stays_tied(tied_folder):
     assert model.config.tie_word_embeddings
 
 
+def test_a_tied_matrix_may_be_stored_as_the_head(tied_folder):
+    """As safetensors' own save_model does: of two names for one tensor it keeps the first."""
+    before = load_model(tied_folder)
+    rename_weight(tied_folder, "model.embed_tokens.weight", "lm_head.weight")
+    model = load_model(tied_folder)
+    assert model.head is None
+    assert torch.equal(model.embed.weight, before.embed.weight)
+
+
+def rename_weight(folder: Path, old: str, new: str):
+    weights = load_file(folder / "model.safetensors")
+    weights[new] = weights.pop(old)
+    save_file(weights, folder / "model.safetensors")
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("is_stored", [True, False])
 def test_logits_of_a_stored_head_are_those_of_transformers(tied_folder, is_stored):
