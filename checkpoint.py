@@ -210,7 +210,7 @@ LAYER_PARTS = {
     "gate_up": ["mlp.gate_proj", "mlp.up_proj"],
     "down": ["mlp.down_proj"],
 }
-LOADERS = 4                   # matrices that are in the making at once, at most; also in memory.py
+LOADERS = 4                   # matrices that are in the making at once, at most
 FLOATS = {                    # safetensors' dtypes, and their bytes; fp8 would need its scales
     "F64": 8,
     "F32": 4,
@@ -249,7 +249,7 @@ class Stored(NamedTuple):
 
 
 def parts(model: Llama) -> list[Part]:
-    """All weights of a model, the largest first."""
+    """All weights of a model; first embedding and head, the largest."""
     c = model.config
     found = [Part("embed", [EMBEDDING], [c.vocab_size])]
     if model.head is not None:
@@ -282,7 +282,9 @@ def named_weights(model: Llama) -> dict[str, Tensor]:
 
 
 def read_headers(folder: Path) -> tuple[Config, dict[str, Stored]]:
-    """What a folder's files say that they hold, which is a model; no weights are read.
+    """What a folder's files say that they hold, which is a model. No weights are read.
+
+    (But for a head beside the embedding that it is tied to: are the two equal?)
 
     Raises ModelError for a missing, damaged or unsupported config.json or weight file, and for
     missing, unknown and wrongly shaped tensors.

@@ -16,7 +16,8 @@ closest to h_L. In return L layers and M budgets cost at most L * M layer calls,
 the table holds a set for *every* budget up to M.
 
 One token's states are a noisy judge. The same DP over the last T tokens takes T states a cell, each
-run at its own token's position, and compares their mean. With T = 1 it is the paper's.
+run at its own token's position, and compares the root of their mean square. With T = 1 and the
+cosine it is the paper's; with more tokens decoding goes by ``relative_distances``.
 
 Two errata of the paper: Eq. (1) prints arg min where the arg max of the cosine is meant, and the
 pseudocode recovers the path by comparing vectors; here every cell's choice is kept.

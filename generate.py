@@ -6,8 +6,8 @@ Text goes to standard output; the prompt's echo, statistics and progress go to s
 a user can get wrong ends in one line there and exit status 2.
 
 This file knows arguments (``arguments``), what follows from them (``Decoder``: which drafter, how
-wide a pass) and printing. The drafter is speculative.Clasp if its settings are typed, and else
-extras.auto.Auto, which looks words up too, and decides itself.
+wide a pass) and printing. Where no ``--drafter`` is named it is speculative.Clasp if its settings
+are typed, and else extras.auto.Auto, which looks words up too, and decides itself.
 """
 import signal
 
@@ -40,7 +40,7 @@ from extras.auto import Auto
 from extras.chat import Conversation, talk
 from extras.exact import exact_passes
 from extras.lookup import MOST, Lookup
-from extras.memory import Plan, require_fits
+from extras.memory import Plan, is_out_of_memory, require_fits
 from extras.packed import choose_form, choose_threads, pack
 from extras.parallel import (
     added_in_order,
@@ -69,7 +69,7 @@ from speculative import (
 )
 
 PROMPT = "Once upon a time, there was a lonely robot who"
-DIM, PLAIN = "\033[2m", "\033[0m"                     # of a terminal
+DIM, NORMAL = "\033[2m", "\033[0m"                    # of a terminal
 # How --show-drafts shows a token, by its source: colour, and marks around a run of such tokens.
 SHOWN = {
     "layers": ("\033[32m", "[", "]"),
@@ -226,7 +226,7 @@ def form_of_weights(weights: str | None, device: torch.device, dtype: torch.dtyp
     return choose_form(device, dtype)
 
 
-def require_room(args: argparse.Namespace, folder: Path, device, dtype, prompt: list[int]):
+def require_memory(args: argparse.Namespace, folder: Path, device, dtype, prompt: list[int]):
     """Refuse what processes cannot share or the device cannot hold, before gigabytes are read."""
     place = my_place()
     config, stored = read_headers(folder)
@@ -405,7 +405,7 @@ def marked(pieces: Iterator[str], stats: Stats) -> Iterator[str]:
             mark = closed
             colour, opened, closed = SHOWN.get(source, SHOWN["layers"])     # a new drafter's
             mark += opened
-        yield mark + colour + piece + PLAIN
+        yield mark + colour + piece + NORMAL
     yield closed
 
 
@@ -420,7 +420,7 @@ def write_text(args, prompt_text: str, pieces: Iterator[str], stats: Stats) -> t
             first = next(pieces, "")                   # refusals come here, before any output
             on_terminal = sys.stderr is not None and sys.stderr.isatty()
             if on_terminal and not args.chat:          # it then shows prompt and text together
-                say(f"{DIM}{prompt_text}{PLAIN}", end="")
+                say(f"{DIM}{prompt_text}{NORMAL}", end="")
             show(itertools.chain((first,), pieces), stats, args.show_drafts)
     except KeyboardInterrupt:                          # the text so far stays
         say("\ninterrupted")
@@ -436,9 +436,9 @@ def report(args: argparse.Namespace, stats: Stats, layers: int):
         report_clasp(stats, layers)
     if args.show_drafts and not args.json:
         layers_colour, lookup_colour, own_colour = (colour for colour, _, _ in SHOWN.values())
-        say(f"  {layers_colour}[drafted by some layers]{PLAIN}, "
-            f"{lookup_colour}{{looked up}}{PLAIN}, both accepted; "
-            f"{own_colour}the whole model's own{PLAIN}")
+        say(f"  {layers_colour}[drafted by some layers]{NORMAL}, "
+            f"{lookup_colour}{{looked up}}{NORMAL}, both accepted; "
+            f"{own_colour}the whole model's own{NORMAL}")
     if args.show_skips and not stats.skip_sets:
         say("  no layers were chosen")
     elif args.show_skips:
@@ -614,7 +614,7 @@ def prepare(args: argparse.Namespace, text: str) -> tuple[Decoder, Tokenizer, li
     folder = find_folder(args.model)
     tokenizer = Tokenizer(folder)
     prompt = tokenizer.encode(text, args.chat)
-    require_room(args, folder, device, dtype, prompt)
+    require_memory(args, folder, device, dtype, prompt)
     decoder = Decoder(args, folder, prepare_model(args, folder, device, dtype), tokenizer.stop)
     return decoder, tokenizer, prompt
 
@@ -698,11 +698,6 @@ def main(argv: list[str] | None = None) -> int:
 def silence(stream):
     """What Python still wants to write there when it ends goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "allocate memory" in str(error)
 
 
 if __name__ == "__main__":

@@ -200,17 +200,17 @@ class KVCache:
     The first ``length`` slots are valid; those after them are scratch. Rolling back is
     ``cache.length = n``.
 
-    There are slots for ``tokens``, in whole blocks, and after them scratch slots for the padding of
-    a pass of ``rows``, or for the DP, which needs one for each layer at most. A slot takes
-    2 * layers * kv_heads * head_dim numbers.
+    There are slots for ``tokens``, in whole blocks, and behind them at least ``scratch`` more: for
+    the padding of a wide pass, or for the DP, which needs M of each of its T tokens. One for each
+    layer is always there. A slot takes 2 * layers * kv_heads * head_dim numbers.
     """
 
-    def __init__(self, model: "Llama", tokens: int, rows: int = 1):
+    def __init__(self, model: "Llama", tokens: int, scratch: int = 1):
         c = model.config
         weight = model.embed.weight
         self.tokens = whole_blocks(tokens)
-        self.rows = max(rows, c.num_hidden_layers)
-        capacity = round_up(self.tokens + self.rows, ALIGNED)
+        self.scratch = max(scratch, c.num_hidden_layers)
+        capacity = round_up(self.tokens + self.scratch, ALIGNED)
         self.slots = weight.new_zeros(
             2, c.num_hidden_layers, 1, c.num_key_value_heads, capacity, c.head_dim)
         self.keys = self.slots[0].unbind()               # by layer: (1, kv_heads, slots, head_dim)

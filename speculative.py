@@ -34,12 +34,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dp_skip import Selection, distances, relative_distances, select_layers
+from dp_skip import Measure, Selection, distances, relative_distances, select_layers
 from model import BLOCK, Config, KVCache, Llama, ModelError, whole_blocks
 
 PREFILL_ROWS = 512            # the prompt goes through in pieces, so that memory grows linearly
 LIKELIEST = 256               # tokens among which top-p looks first
-KEPT_STATES = 64              # of the prompt's last tokens the drafter is told the states
+KEPT_STATES = 64              # a drafter is told the states of so many of the prompt's last tokens
 
 # The defaults of CLaSp's settings, by measurement (see results/).
 DRAFT_LENGTH = 4
@@ -499,13 +499,22 @@ class Clasp(SkippingDrafter):
 
     def choose_layers(self, text: Text):
         """Run the DP for the one budget M, and note its set in the statistics."""
-        tokens = min(self.opt_tokens, text.cache.rows // max(self.budget, 1))
-        hidden = torch.cat(tuple(self.recent), 1)[:, -tokens:]
-        measure = distances if self.opt_tokens == 1 else relative_distances
+        hidden = self.last_states(text.cache)
+        measure = measure_of(self.opt_tokens)
         select = partial(select_layers, smallest=self.budget, measure=measure)
         self.skip = optimize(text.model, text.cache, hidden, self.budget, select).skip_sets[-1]
         text.stats.optimizations += 1
         text.stats.skip_sets.append((text.stats.new_tokens, self.skip))
+
+    def last_states(self, cache: KVCache) -> Tensor:
+        """Of the last T tokens, (L+1, T, hidden); of fewer if the cache has no slots for M each."""
+        tokens = min(self.opt_tokens, cache.scratch // max(self.budget, 1))
+        return torch.cat(tuple(self.recent), 1)[:, -tokens:]
+
+
+def measure_of(opt_tokens: int) -> Measure:
+    """How the DP compares: one token's states by the cosine, as in the paper, more by distance."""
+    return distances if opt_tokens == 1 else relative_distances
 
 
 def optimize(
@@ -518,9 +527,12 @@ def optimize(
 
     The cache's valid part is only read. The ``budget`` * T slots after it are used, and left clean:
     a NaN there, from a candidate that overflowed, would spoil the next pass although it is masked,
-    since 0 * NaN is NaN.
+    since 0 * NaN is NaN. Raises SettingsError if there are fewer.
     """
     tokens = hidden.shape[1:-1].numel()                              # T, or 1
+    require(cache.length + budget * tokens <= cache.slots.shape[-2],
+            f"the cache has no room for the DP's {budget} * {tokens} candidates: its scratch is "
+            f"{cache.scratch}")
     selection = select(model.candidate_layer(cache, budget, tokens), hidden, budget)
     cache.slots[..., cache.length:cache.length + budget * tokens, :] = 0
     return selection
@@ -586,7 +598,9 @@ def accept_greedy(drafted: list[int], logits: Tensor) -> tuple[int, int]:
 def accept_sampled(
     drafted: list[int], q: list[Tensor], p: Tensor, rng: torch.Generator
 ) -> tuple[int, int]:
-    """Speculative sampling (Leviathan et al. 2023, Chen et al. 2023): the same, for distributions.
+    """Speculative sampling (Leviathan et al. 2023, Chen et al. 2023).
+
+    Returns how many drafted tokens are kept, and the token after them, drawn here.
 
     q: k distributions (vocabulary,) that the drafted tokens were drawn from. p (k+1, vocabulary):
     the whole model's. Drafted token d is accepted with probability min(1, p(d) / q(d)). In place of
@@ -731,7 +745,7 @@ def require_draft_length(draft_length: int):
 def require_room(cache: KVCache, prompt: list[int], end: int, width: int):
     require(cache.length < len(prompt),
             f"the cache holds {cache.length} tokens, and the prompt has only {len(prompt)}")
-    require(cache.tokens >= end and cache.rows >= width,
+    require(cache.tokens >= end and cache.scratch >= width,
             f"the cache has no room for {end} tokens in passes of {width} rows")
 
 

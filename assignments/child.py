@@ -1,7 +1,7 @@
 """The process in which checks run on a student's functions: grade.py starts it.
 
-Nothing but the checks' words goes back, on what was standard output before it was closed to all
-else. A check that does not end, or a crash, ends the process.
+Nothing but the checks' reports leaves it, through a private copy of standard output: the real one,
+and standard error, lead nowhere. A check that does not end, or a crash, ends the process.
 """
 import contextlib
 import faulthandler
@@ -78,7 +78,7 @@ def explain(error: BaseException, repo: str) -> str:
     if not inside:
         return could_not_use(error, said, stack)
     frame, line = inside[-1]
-    at = f", at {Path(frame.f_code.co_filename).name}, line {line}{given(inside[0][0])}"
+    at = f", at {Path(frame.f_code.co_filename).name}, line {line}{given(inside[0][0], stack)}"
     if isinstance(error, MemoryError) or "allocate memory" in said:
         return f"Your code asked for more than the {MEMORY >> 30} GiB of memory allowed here{at}"
     if isinstance(error, SystemExit):
@@ -104,14 +104,21 @@ def could_not_use(error: BaseException, said: str, stack: list[tuple[FrameType, 
             f"{path.relative_to(HERE)}, line {line}: {code}")
 
 
-def given(frame: FrameType) -> str:
-    """The arguments of the student's function that the check called: the example that failed."""
+def given(frame: FrameType, stack: list[tuple[FrameType, int]]) -> str:
+    """The arguments of the student's function that the check called: the example that failed.
+
+    They are those that ``watched`` gave it; the function may have put others in their place since.
+    """
     code = frame.f_code
     if code.co_name == "<module>":
         return ""
+    names = code.co_varnames[:code.co_argcount]
+    arguments = {name: frame.f_locals.get(name) for name in names}
+    for caller, _ in stack:
+        if caller.f_code.co_name == "watch":
+            arguments |= dict(caller.f_locals["given"])
     shown = []
-    for name in code.co_varnames[:code.co_argcount]:
-        value = frame.f_locals.get(name)
+    for name, value in arguments.items():
         is_tensor = hasattr(value, "shape")
         if is_tensor or isinstance(value, int | float | list | tuple | set | frozenset):
             shown.append(f"{name} = {shortened(value)}")

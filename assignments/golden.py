@@ -4,9 +4,9 @@
     python assignments/golden.py --seed 7    other cases, on standard output: for marks
 
 Inputs come from seeds, so only results are kept. Cases where rounding could decide (two candidates
-all but equally close) are left out here, not met by a student. So are prompts of the leaderboard
-after which the bundled model all but ties: after another model takes its place, one run of this
-makes everything anew. A test holds the file against what this makes now.
+all but equally close) are left out, so that no student meets them. So are prompts of the
+leaderboard after which the bundled model all but ties: after another model takes its place, one run
+of this makes everything anew. A test holds the file against what this makes now.
 """
 import argparse
 import json
@@ -104,9 +104,10 @@ def parts() -> dict:
 # ---------------------------------------------------------------------------- problems 3 and 4
 
 def dp_cases(kind: problem3.Kind) -> list[dict]:
-    """Sets by the paper's measure, and cells by the double's, where neither turns on rounding.
+    """Of each case where no choice turns on rounding, the DP's sets: by the paper's measure, and
+    ("cells") by the measure that stands in for it in problem 3's checks of the DP's cells.
 
-    By another measure, if the kind has one.
+    If the kind of case has a measure of its own, both go by that.
     """
     kept = []
     for (layers, budget), seed in product(problem3.SHAPES, range(kind.seeds)):
@@ -185,8 +186,8 @@ def main():
     if seed is not None:
         print(json.dumps(make(seed)))
         return
-    parts = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in make().items()]
-    FILE.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+    lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in make().items()]
+    FILE.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -174,11 +174,11 @@ def communicate(
         said, _ = process.communicate(json.dumps(job | {"key": key}), timeout=max(seconds, 1))
         status = process.returncode
     except subprocess.TimeoutExpired:
-        end(process)
+        kill(process)
         said, _ = process.communicate()
         status = None
     finally:
-        end(process)
+        kill(process)
     return with_key(said, key), status
 
 
@@ -207,7 +207,7 @@ def how_it_ended(status: int | None, faults: str) -> str:
     return "ended the whole process"
 
 
-def end(process: subprocess.Popen):
+def kill(process: subprocess.Popen):
     """With whatever processes it may have started."""
     if hasattr(os, "killpg"):
         try:
@@ -362,8 +362,8 @@ def arguments() -> argparse.Namespace:
                         help="also measure entry.py on the bundled model")
     args = parser.parse_args()
     args.repo = handed_in(args.repo.resolve())
-    if args.seed is not None and not 0 <= args.seed < 1 << 50:
-        parser.error("--seed must lie between 0 and 2^50 - 1")
+    if args.seed is not None and not 1 <= args.seed < 1 << 50:       # 0 is the file's, handed out
+        parser.error("--seed must lie between 1 and 2^50 - 1")
     if args.seed is not None and not REFERENCE.exists():
         parser.error("--seed needs the reference, which is not handed out")
     if not args.json and not holds_core(args.repo):

@@ -5,6 +5,7 @@
     target.py       the model that is measured, and CLaSp's settings on it
     methods.py      what is compared: each method is a drafter on the one loop
     search.py       Self-SD's and SWIFT's searches for layers to skip
+    fixed.py        the best set that never changes, and what any set gets accepted
     race.py         decoding by all methods in turn
     results.py      the file that keeps what was measured
     table.py        1. the table: a summary of the results in Markdown and as CSV

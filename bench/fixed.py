@@ -4,8 +4,9 @@ A greedy text of the whole model is known before it is drafted. So is what becom
 of its places: the tokens up to the first that differs are accepted. ``Written`` drafts at many
 places at once, as rows of one pass, which is some ten times faster than decoding.
 
-``best_fixed_set`` is what a set that never changes can reach: the best block of neighbours, the set
-that the DP chooses most often, and what a search finds from there, all judged by tokens accepted.
+``best_fixed_set`` is what a set that never changes can reach: the best block of neighbours, the
+layers that the DP skips most often, and what a search finds from there. Drafts' first tokens judge
+the search, whole drafts its finalists.
 """
 import random
 from collections import Counter
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm  # comes with huggingface-hub
 
-from dp_skip import distances, relative_distances, select_layers
+from dp_skip import select_layers
 from model import KVCache, Llama
-from speculative import as_row, optimize
+from speculative import as_row, measure_of, optimize
 
 AHEAD = 24                    # places drafted at in one pass
 TRIALS = 500                  # sets that the search tries
@@ -111,8 +112,7 @@ class Written:
         slots = slice(place, place + budget * (place - first))
         covered = self.cache.slots[..., slots, :].clone()
         self.cache.length = place
-        measure = distances if tokens == 1 else relative_distances
-        select = partial(select_layers, smallest=budget, measure=measure)
+        select = partial(select_layers, smallest=budget, measure=measure_of(tokens))
         selection = optimize(
             self.model, self.cache, self.states[:, first:place], budget, select)
         self.cache.slots[..., slots, :] = covered

@@ -19,6 +19,7 @@ from speculative import (
     autoregressive,
     clock,
     full_pass,
+    measure_of,
     new_text,
     optimize,
 )
@@ -57,7 +58,7 @@ def step_seconds(target: Target, prompt: list[int], repeat: int) -> dict[str, fl
 
     def choose_one(budget: int, tokens: int = 1):
         """As decoding does: for one number of layers to skip."""
-        select = partial(select_layers, smallest=budget)
+        select = partial(select_layers, smallest=budget, measure=measure_of(tokens))
         optimize(model, text.cache, hidden[:, -tokens:], budget, select)
 
     work = {

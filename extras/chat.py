@@ -14,8 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import takewhile
 
+from extras.memory import is_out_of_memory
 from model import KVCache, Llama, ModelError
-from speculative import Drafter, SettingsError, Stats, autoregressive, decode, require_readable
+from speculative import (
+    Drafter,
+    SettingsError,
+    Stats,
+    autoregressive,
+    decode,
+    require_readable,
+)
 
 HELP = "/new starts over, /quit or Ctrl-D ends, Ctrl-C stops an answer, /help says this"
 SIGN = "> "                   # asks for a message
@@ -23,7 +31,7 @@ BYTE_ORDER_MARK = "\ufeff"    # files of some editors begin with it
 
 
 class UnanswerableError(SettingsError):
-    """A message that there is no answer to, for one reason or another, as that the context is full.
+    """A message that cannot be answered, for example since the context is full.
 
     The conversation is as it was.
     """
@@ -50,8 +58,8 @@ class Conversation:
         self.max_new_tokens = max_new_tokens
         self.passes = passes or {}
         self.sampling = sampling
-        self.rows = max(self.passes.get("width", 1), drafter.scratch if drafter else 0)
-        self.cache = KVCache(model, 1, self.rows)
+        self.scratch = max(self.passes.get("width", 1), drafter.scratch if drafter else 0)
+        self.cache = KVCache(model, 1, self.scratch)
         self.start_over()
         tokenizer.encode(["Hello"], chat=True)           # refuses a model without a template
 
@@ -68,16 +76,16 @@ class Conversation:
         The stop token that ends an answer is no part of it, though it were not special: a template
         has its own.
 
-        Raises UnanswerableError if the context has no room for an answer, the template refuses the
-        message, or it has tokens that the model does not know.
+        Raises UnanswerableError if the context or the memory has no room for an answer, the
+        template refuses the message, or it has tokens that the model does not know.
         """
         try:
             prompt = self.tokenizer.encode([*self.messages, message], chat=True)
             count = self.room_after(prompt)
             require_readable(self.model.config, prompt)
+            self.make_room(len(prompt) + count)
         except (ModelError, SettingsError) as error:
             raise UnanswerableError(str(error)) from None
-        self.make_room(len(prompt) + count)
         shared = common_prefix(self.known, prompt[:-1])
         self.known = prompt[:shared]                     # more, once it is computed
         self.cache.length = shared
@@ -119,7 +127,12 @@ class Conversation:
         if tokens <= self.cache.tokens:
             return
         context = self.model.config.max_position_embeddings
-        larger = KVCache(self.model, min(context, 2 * tokens), self.rows)
+        try:
+            larger = KVCache(self.model, min(context, 2 * tokens), self.scratch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise SettingsError(f"no memory for {tokens} tokens; /new starts over") from None
         held = len(self.known)
         larger.slots[..., :held, :] = self.cache.slots[..., :held, :]
         larger.length = held

@@ -24,8 +24,8 @@ class DPRun:
     cycle: int                        # that came after it
     new_tokens: int                   # that there were
     length: int                       # of the cache
-    hidden: Tensor                    # (L+1, T, hidden size)
     chose: int                        # its set's number in ``Stats.skip_sets``
+    hidden: Tensor                    # (L+1, T, hidden size)
     smallest: int                     # it was for the budgets from this
     budget: int                       # to this
     measure: Measure

@@ -1,8 +1,8 @@
 """Prompt lookup: draft what followed the same words where they stood before.
 
 No layer runs for such a draft, so it costs next to nothing, and it is right wherever a text repeats
-itself: names, quotations, code, a summary of what the prompt says. It is the shortest example of a
-drafter (see ``speculative.Drafter``): it knows nothing of the model, and is lossless all the same.
+itself: names, quotations, code, a summary of what the prompt says. It is an example of a drafter
+(see ``speculative.Drafter``) that knows nothing of the model, and is lossless all the same.
 
 How likely it is right follows from how many words are the same: with m tokens that match, the next
 one is right with chance a(m), the one after it with a(m+1), and so on, since each right token makes
@@ -23,8 +23,9 @@ from speculative import Draft, Drafter, Outcome, Text, require_draft_length
 LONGEST = 8                   # tokens that are compared, at most
 MOST = 15                     # tokens of a draft, at most, if nothing else is said
 WORTH = 0.1                   # a token is drafted if it is right with this chance: a row's price
-PRIOR = (0.12, 0.35, 0.45, 0.5, 0.6, 0.65, 0.7, 0.85)    # a(1) .. a(8) of sampled answers; greedy
-                                                         # ones are learned without a draft
+# a(1) .. a(8) to begin with, as measured on sampled answers. They may be low: what they should have
+# been is learned without a draft.
+PRIOR = (0.12, 0.35, 0.45, 0.5, 0.6, 0.65, 0.7, 0.85)
 RATE = 0.2                    # of learning s
 RATE_OF_EACH = 0.1            # of learning each s_m
 
@@ -42,7 +43,8 @@ class Lookup(Drafter):
         """draft_length: most tokens of a draft."""
         require_draft_length(draft_length)
         self.draft_length = draft_length
-        self.shift = 0.0                                 # s; kept between texts, as these are
+        # Both are kept from text to text.
+        self.shift = 0.0                                             # s
         self.shifts = [math.log(p / (1 - p)) for p in PRIOR]         # s_1 .. s_8
 
     def begin(self, text: Text, hidden: Tensor | None):

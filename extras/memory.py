@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
+from checkpoint import LOADERS
 from extras.packed import has_arithmetic, is_x86
 from extras.shares import Share, can_share
 from model import BLOCK, Config, whole_blocks
-from speculative import PREFILL_ROWS, require
+from speculative import OPT_TOKENS, PREFILL_ROWS, require
 
-LOADERS = 4                   # matrices that are in the making at once, at most
 ROWS = 16                     # of logits: what a pass of the whole model checks, about
 ALTERNATIVES = 8              # numbers of devices that are tried
 FILLED = 512                  # FBGEMM fills a matrix's columns up to a multiple of it
@@ -95,7 +95,12 @@ def kept(plan: Plan, rows: int, columns: int) -> int:
 
 
 def cache_need(plan: Plan) -> int:
-    return plan.slot_bytes * (whole_blocks(plan.tokens) + plan.config.num_hidden_layers)
+    return plan.slot_bytes * (whole_blocks(plan.tokens) + scratch_slots(plan.config))
+
+
+def scratch_slots(config: Config) -> int:
+    """For the DP's candidates by the default settings: of T tokens, M = half of the layers each."""
+    return OPT_TOKENS * -(-config.num_hidden_layers // 2)
 
 
 def loading_need(plan: Plan) -> int:
@@ -134,7 +139,8 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return min(available_memory(), limit_of_container(), key=lambda found: found or float("inf"))
+    known = [found for found in (available_memory(), limit_of_container()) if found is not None]
+    return min(known, default=None)
 
 
 def available_memory() -> int | None:
@@ -195,11 +201,16 @@ def alternatives(plan: Plan, free: int, prompt: int) -> list[str]:
                              "of as many devices)")
                 break
     left = free - need.weights - need.scratch
-    slots = left // plan.slot_bytes - plan.config.num_hidden_layers
+    slots = left // plan.slot_bytes - scratch_slots(plan.config)
     tokens = slots // BLOCK * BLOCK
     if tokens > prompt:
         found.append(f"--max-new-tokens {tokens - prompt}")
     return found
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "allocate memory" in str(error)
 
 
 def gb(size: int) -> str:

@@ -13,7 +13,6 @@ passes no drafter is made up for when the text is finished (``record``), from wh
 The page is trace.html with trace.css and the record in it: one file, which needs no network.
 """
 import json
-from collections import deque
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -21,10 +20,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dp_skip import Measure, distances, relative_distances
+from dp_skip import Measure, distances
 from extras.dp_table import DPRun, OtherDPError, dp_record, rounded
 from extras.skipping import Skipping
-from speculative import Clasp, Draft, Drafter, Outcome, Text, clock, distribution, full_pass
+from speculative import (
+    Clasp,
+    Draft,
+    Drafter,
+    Outcome,
+    Text,
+    clock,
+    distribution,
+    full_pass,
+    measure_of,
+)
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACES = ("LOOK_OF_THE_PAGE", "RECORD_OF_THE_RUN")     # in the template, once each
@@ -56,8 +65,6 @@ class Traced(Drafter):
         self.prompt_length = len(text.tokens)
         self.cycles = []
         self.dp_runs: list[DPRun] = []
-        kept = getattr(self.dp_drafter, "opt_tokens", 1)
-        self.recent = deque(maxlen=kept)               # states, as Clasp's
         self.now = clock(text.model)
         self.times = []                                # when each token of a draft was chosen
         choose = text.choose
@@ -91,16 +98,12 @@ class Traced(Drafter):
 
     def note_dp(self, hidden: Tensor | None):
         """Note the DP if the drafter has just run it."""
-        if hidden is None or self.dp_drafter is None:
-            return
         text = self.text
-        self.recent.append(hidden)
-        if text.stats.optimizations > len(self.dp_runs):
-            tokens, *call = self.dp_call(text)
-            states = torch.cat(tuple(self.recent), 1)[:, -tokens:].clone()
+        if self.dp_drafter and text.stats.optimizations > len(self.dp_runs):
             chose = len(text.stats.skip_sets) - 1
             self.dp_runs.append(DPRun(
-                len(self.cycles), text.stats.new_tokens, text.cache.length, states, chose, *call))
+                len(self.cycles), text.stats.new_tokens, text.cache.length, chose,
+                *self.dp_call(text, hidden)))
 
     @property
     def dp_drafter(self) -> Clasp | Skipping | None:
@@ -109,15 +112,14 @@ class Traced(Drafter):
         drafter = getattr(drafter, "clasp", drafter)
         return drafter if isinstance(drafter, Clasp | Skipping) else None
 
-    def dp_call(self, text: Text) -> tuple[int, int, int, Measure]:
-        """How the drafter called the DP: tokens T, smallest budget, largest budget, measure."""
+    def dp_call(self, text: Text, hidden: Tensor) -> tuple[Tensor, int, int, Measure]:
+        """How the drafter called the DP: states, smallest budget, largest budget, measure."""
         drafter = self.dp_drafter
-        sets = getattr(drafter, "sets", None)          # of one run for several budgets
-        if sets:
-            return 1, min(sets), max(sets), distances
-        tokens = min(drafter.opt_tokens, text.cache.rows // max(drafter.budget, 1))
-        measure = distances if drafter.opt_tokens == 1 else relative_distances
-        return tokens, drafter.budget, drafter.budget, measure
+        if isinstance(drafter, Clasp):
+            states = drafter.last_states(text.cache).clone()
+            return states, drafter.budget, drafter.budget, measure_of(drafter.opt_tokens)
+        sets = drafter.sets                            # of one run for several budgets
+        return hidden[:, -1:].clone(), min(sets), max(sets), distances
 
 
 # ---------------------------------------------------------------------------- after the text

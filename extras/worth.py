@@ -18,8 +18,9 @@ from model import Llama
 SHAPE = {"draft": 1.0, "plain": 1.0, "verify": 1.2, "optimize": 2.5}
 VERIFY_ROWS = 5
 RECENT = 9                    # measurements that tell how fast the machine is now
-FIRST_STEP = 0.25             # by which what is typical moves at its first measurement; at the n-th
-SMALLEST_STEP = 0.003         # by an n-th of that, and no less than this
+# The n-th measurement moves what is typical by the share max(SMALLEST_STEP, FIRST_STEP / n).
+FIRST_STEP = 0.25
+SMALLEST_STEP = 0.003
 
 
 class Choice(NamedTuple):

@@ -192,7 +192,7 @@ def test_doubles_have_what_the_docstrings_of_the_core_promise():
     cache = checks.doubles.marked_cache(3)
     assert isinstance(cache, model.KVCache)
     assert cache.slots.shape[:3] == (2, 4, 1) and len(cache.keys) == len(cache.values) == 4
-    assert cache.tokens >= 40 and cache.rows >= 4
+    assert cache.tokens >= 40 and cache.scratch >= 4
     assert vars(checks.problem1.empty_cache()).keys() >= {"slots", "keys", "values", "tokens"}
     x = torch.zeros(1, 2, 8)
     calls = []
@@ -696,13 +696,14 @@ def test_another_seed_makes_other_cases_on_which_the_file_is_no_answer_sheet():
 
 @pytest.mark.thorough
 def test_code_that_fails_is_shown_by_its_own_line_or_by_what_it_returned(solved):
-    misbehave(solved, "dp_skip.select_layers_plain", "return [][0]")
+    misbehave(solved, "dp_skip.select_layers_plain", "budget = 7; return [][0]")
     misbehave(solved, "dp_skip.select_layers",
               "return Selection([0] * (budget + 1), [1.] * (budget + 1))")
     path = solved / "model.py"
     path.write_text(path.read_text() + "\nif True print(1)\n")
     said = outputs(graded(solved, "--problems", "3,4"))
-    line = (solved / "dp_skip.py").read_text().splitlines().index("    return [][0]") + 1
+    lines = (solved / "dp_skip.py").read_text().splitlines()
+    line = 1 + next(i for i, line in enumerate(lines) if "[][0]" in line)
     states = "[[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]"
     assert said["3.6"] == (
         "Your code raised IndexError: list index out of range, "
@@ -931,6 +932,13 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     assert done.returncode == 2
     assert "not an empty folder" in done.stderr
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_seed_of_the_cases_that_are_handed_out_is_no_seed_for_marks(tmp_path):
+    (tmp_path / "model.py").touch()
+    done = subprocess.run([sys.executable, str(HERE / "grade.py"), str(tmp_path), "--seed", "0"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "--seed must lie between 1" in done.stderr
 
 
 # ---------------------------------------------------------------- what has to fit together

@@ -156,7 +156,7 @@ def test_rows_of_masks_begin_at_multiples_that_gpus_read_without_a_copy(slots):
 
 @pytest.mark.parametrize("layers", [3, 20, 28, 30])
 def test_a_cache_has_a_multiple_of_slots_that_gpus_read_without_a_copy(layers):
-    cache = KVCache(random_model(layers=layers), 40, rows=5)
+    cache = KVCache(random_model(layers=layers), 40, scratch=5)
     assert cache.slots.shape[-2] % ALIGNED == 0
 
 

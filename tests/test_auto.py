@@ -184,7 +184,7 @@ def test_known_settings_have_the_scratch_slots_that_their_dp_wants():
     seen = []
 
     def recorded(text):
-        seen.append(text.cache.rows // clasp.budget)
+        seen.append(text.cache.scratch // clasp.budget)
         Clasp.choose_layers(clasp, text)
 
     clasp.choose_layers = recorded

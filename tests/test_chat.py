@@ -115,6 +115,22 @@ def test_a_seed_fixes_each_sampled_answer(model, tokenizer):
         assert conversation.stats.tokens == expected
 
 
+def test_where_memory_ends_the_conversation_stays_as_it_was(model, tokenizer, monkeypatch):
+    conversation = new_conversation(model, tokenizer)
+    say(conversation, MESSAGES[0])
+    before = list(conversation.messages)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("extras.chat.KVCache", full)
+    with pytest.raises(UnanswerableError, match="no memory"):
+        say(conversation, 100 * "And then? ")
+    assert conversation.messages == before
+    say(conversation, "And then?")
+    assert conversation.stats.tokens == one_shot(model, tokenizer, [*before, "And then?"])
+
+
 def test_a_template_that_rewrites_earlier_turns_stays_right(folder, tokenizer, model, monkeypatch):
     monkeypatch.setitem(tokenizer.config, "chat_template", LAST_TWO)
     monkeypatch.setattr(Tokenizer, "template_file", folder / "none")

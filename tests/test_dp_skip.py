@@ -8,7 +8,7 @@ from conftest import DEVICE, feed, random_model, tokens_of, valid
 
 from dp_skip import distances, relative_distances, select_layers, select_layers_plain
 from model import KVCache
-from speculative import optimize, prefill
+from speculative import SettingsError, optimize, prefill
 
 
 def toy(layers: int, size: int = 16, seed: int = 0):
@@ -316,6 +316,15 @@ def test_the_dp_leaves_the_cache_as_it_was(any_model):
         optimize(any_model, cache, hidden, len(any_model.layers) // 2)
         assert cache.length == length
         assert torch.equal(valid(cache), before)
+
+
+def test_a_dp_that_the_cache_has_no_room_for_is_refused():
+    model = random_model()
+    cache = KVCache(model, 120, scratch=20)
+    hidden = prefill(model, cache, tokens_of(model, 60))
+    optimize(model, cache, hidden[:, -4:], 5)
+    with pytest.raises(SettingsError, match="5 . 20 candidates"):
+        optimize(model, cache, hidden[:, -20:], 5)
 
 
 def test_the_dp_leaves_its_scratch_slots_clean():

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import DEVICE, ROOT
 
-import checkpoint
 import generate
 from bench.target import SHAPES
 from extras import memory
@@ -68,10 +67,6 @@ def test_a_tied_head_takes_memory_only_where_it_is_packed():
     assert needed(plan_of()).weights - needed(on_gpu).weights == embedding
     apart = plan_of(weights="int8")
     assert needed(on_gpu._replace(weights="int8")).weights == needed(apart).weights
-
-
-def test_as_many_matrices_are_counted_as_are_in_the_making_at_once():
-    assert memory.LOADERS == checkpoint.LOADERS
 
 
 # ---------------------------------------------------------------- what is said
@@ -164,6 +159,13 @@ def test_a_container_may_take_what_its_limit_leaves(tmp_path, monkeypatch):
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 300\nactive_file 250\ninactive_file 150\n")
     assert memory.limit_of_container() == 700
+
+
+def test_the_least_that_is_known_counts_and_nothing_left_is_known_too(monkeypatch):
+    for machine, container, free in [(None, None, None), (5, None, 5), (5, 3, 3), (5, 0, 0)]:
+        monkeypatch.setattr(memory, "available_memory", lambda: machine)
+        monkeypatch.setattr(memory, "limit_of_container", lambda: container)
+        assert memory.free_memory(CPU) == free
 
 
 ON_LINUX = DEVICE == "cpu" and sys.platform == "linux"

@@ -674,10 +674,10 @@ def settings():
     played = play([1, 2, 3], 4, [1], known=None)
     equal(played.tokens, played.expected[:4],
           "Without a cache, one is made", f"{told([1, 2, 3], 4, [1])}, no cache given: tokens")
-    if played.text.cache.rows < SCRATCH:
-        equal(played.text.cache.rows, SCRATCH,
+    if played.text.cache.scratch < SCRATCH:
+        equal(played.text.cache.scratch, SCRATCH,
               "A cache that is made has the scratch slots that the drafter wants: new_text is "
-              "given drafter.scratch", f"scratch {SCRATCH}: cache.rows")
+              "given drafter.scratch", f"scratch {SCRATCH}: cache.scratch")
 
 
 @check(1, "The loop: statistics")
@@ -951,8 +951,8 @@ def on_what():
     with noted() as seen:
         drafter = speculative.Clasp(token_model(), M, 3, 0.0, CYCLES, 3)
         text = text_of([1, 2])
-        text.cache.rows = 2 * M + 1
+        text.cache.scratch = 2 * M + 1
         live(drafter, text, STATES, seen)
         equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, 2, VOCABULARY),
-              "The DP goes by fewer tokens if cache.rows has no slots for M of each",
-              f"M = {M}, opt_tokens 3, cache.rows {2 * M + 1}: shape")
+              "The DP goes by fewer tokens if cache.scratch has no slots for M of each",
+              f"M = {M}, opt_tokens 3, cache.scratch {2 * M + 1}: shape")

@@ -528,7 +528,7 @@ observe.mistake(
 
 @solves("speculative.Clasp.choose_layers")
 def choose_layers(self, text):
-    room = text.cache.rows // max(1, self.budget)
+    room = text.cache.scratch // max(1, self.budget)
     hidden = torch.cat([*self.recent], dim=1)
     hidden = hidden[:, -min(room, self.opt_tokens):]
     measure = dp_skip.relative_distances if self.opt_tokens > 1 else dp_skip.distances
