@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from checkpoint import LOADERS
 from extras.packed import has_arithmetic, is_x86
 from extras.shares import Share, can_share
 from model import BLOCK, Config, whole_blocks
 from speculative import OPT_TOKENS, PREFILL_ROWS, require
 
+LOADERS = 4                   # matrices that are in the making at once, at most: checkpoint.py's
 ROWS = 16                     # of logits: what a pass of the whole model checks, about
 ALTERNATIVES = 8              # numbers of devices that are tried
 FILLED = 512                  # FBGEMM fills a matrix's columns up to a multiple of it

@@ -324,10 +324,10 @@ def test_marks_and_colours_change_nothing_else(capsys):
     plain = capsys.readouterr().out
     assert main([*SHORT, *GREEDY, "--show-drafts"]) == 0
     shown = capsys.readouterr().out
-    assert shown.count("[\033") == shown.count(generate.PLAIN + "]") > 0
+    assert shown.count("[\033") == shown.count(generate.NORMAL + "]") > 0
     for colour, opened, closed in generate.SHOWN.values():
         shown = shown.replace(opened + colour, "").replace(colour, "")
-        shown = shown.replace(generate.PLAIN + closed, "")
+        shown = shown.replace(generate.NORMAL + closed, "")
     assert shown == plain
 
 
@@ -344,7 +344,7 @@ def test_each_source_has_its_own_marks():
     shown = "".join(generate.marked(pieces(), stats))
     for colour, _, _ in generate.SHOWN.values():
         shown = shown.replace(colour, "")
-    assert shown.replace(generate.PLAIN, "") == "[ab]c{de}"
+    assert shown.replace(generate.NORMAL, "") == "[ab]c{de}"
 
 
 # ---------------------------------------------------------------- a real model

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE, ROOT
 
+import checkpoint
 import generate
 from bench.target import SHAPES
 from extras import memory
@@ -67,6 +68,10 @@ def test_a_tied_head_takes_memory_only_where_it_is_packed():
     assert needed(plan_of()).weights - needed(on_gpu).weights == embedding
     apart = plan_of(weights="int8")
     assert needed(on_gpu._replace(weights="int8")).weights == needed(apart).weights
+
+
+def test_as_many_matrices_are_counted_as_are_in_the_making_at_once():
+    assert memory.LOADERS == checkpoint.LOADERS
 
 
 # ---------------------------------------------------------------- what is said
