@@ -149,15 +149,19 @@ class Skipping(Drafter):
     # ------------------------------------------------------------------ the DP
 
     def dp_is_due(self) -> bool:
-        """Should the DP run before the next cycle? While drafts do not pay: for a trial of them."""
+        """Should the DP run before the next cycle?"""
         if self.layers == 1:
             return False
         if self.hopeful and not self.sets:
             return True
-        if self.pays:
-            self.failed = 0
-            by_share = self.costs.time("optimize") / (SHARE * self.choice.seconds)
-            return self.since > max(self.interval, by_share)
+        if not self.pays:
+            return self.begin_trial()
+        self.failed = 0
+        by_share = self.costs.time("optimize") / (SHARE * self.choice.seconds)
+        return self.since > max(self.interval, by_share)
+
+    def begin_trial(self) -> bool:
+        """Drafts do not pay: try them in the next cycle, if that may be lost. Is it tried?"""
         expected_loss = self.costs.time("optimize") + self.loss_of_a_draft
         self.trying = self.allowance >= expected_loss
         if self.trying:
