@@ -134,6 +134,7 @@ class GraphedLlama:
         self.config = model.config
         self.embed = model.embed
         self.layers = model.layers
+        self.head = model.head
         self.device = model.device
         self.clock = model.clock
         self.rows = {}                                   # by number: Rows

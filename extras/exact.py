@@ -17,8 +17,9 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from extras.packed import MATRICES
 from extras.parallel import all_agree
 from model import BLOCK, KVCache, Llama, rope_table, whole_blocks
 from speculative import full_pass, prefill
@@ -29,6 +30,7 @@ LONG = (1024, 4096)           # slots from which on attention has another form (
 VECTOR = 8                    # numbers that a kernel takes at once
 TRIED = 8                     # widths that are tried before giving up
 ATTENTION_TRIALS = 16         # random queries for each of the trials below
+OUTPUTS = 2048                # of a matrix made for the trials, at most
 TRIALS = 6                    # random rows and caches in float32
 TRIALS_16_BITS = 12           # more, since 16 bits round most differences away
 
@@ -85,8 +87,9 @@ def remembered(model: Llama, what: str, rows: int, find: Callable):
 @torch.inference_mode()
 def is_even(model: Llama, width: int) -> bool:
     """Do equal rows come out equal, in every place, of all that a pass of the model computes?"""
+    matrices = cancelling_matrices(model)
     for slots, seed in trials(model):
-        results = list(results_of_equal_rows(model, width, slots, seed))
+        results = list(results_of_equal_rows(model, matrices, width, slots, seed))
         if not are_rows_of(results, [rows[:1] for rows in results]):
             return False
     return True
@@ -96,10 +99,15 @@ def is_even(model: Llama, width: int) -> bool:
 def find_narrowest(model: Llama, width: int) -> int:
     """See ``narrowest``: by the trials of ``is_even``, and a pass of one token and padding."""
     least = 1
+    matrices = cancelling_matrices(model)
     for slots, seed in trials(model):
-        expected = [rows[:1] for rows in results_of_equal_rows(model, width, slots, seed)]
+
+        def results(rows: int) -> Iterable[Tensor]:
+            return results_of_equal_rows(model, matrices, rows, slots, seed)
+
+        expected = [row[:1] for row in results(width)]
         for rows in reversed(range(least, width)):
-            if not are_rows_of(results_of_equal_rows(model, rows, slots, seed), expected):
+            if not are_rows_of(results(rows), expected):
                 least = rows + 1
                 break
     cache = KVCache(model, BLOCK, width)
@@ -157,12 +165,16 @@ def passes_agree(model: Llama, width: int) -> bool:
     return True
 
 
-def results_of_equal_rows(model: Llama, width: int, slots: int, seed: int):
+def results_of_equal_rows(
+    model: Llama, matrices: list[tuple[nn.Module, int]], width: int, slots: int, seed: int
+):
     """What a layer of each kind, the head and attention make of one random row, ``width`` times.
 
     Of a layer its keys and values too: where it adds little to the row, rounding may hide it.
     Yields tensors (width, ...). All rows see the same random keys and values. The row comes first:
     processes that share a model have the same one, and heads of their own.
+
+    matrices: those of ``cancelling_matrices``, of which a row of theirs is asked too.
     """
     c = model.config
     weight = model.embed.weight
@@ -191,6 +203,43 @@ def results_of_equal_rows(model: Llama, width: int, slots: int, seed: int):
         q = some(1, c.num_attention_heads, 1, c.head_dim).repeat(1, 1, width, 1)
         for k, v in seen:
             yield model.layers[0].attend(q, k, v, mask).transpose(0, 2)
+    for matrix, columns in matrices:
+        half = some(columns // 2)
+        row = torch.cat((half, half, half.new_zeros(columns % 2)))
+        yield matrix(row.repeat(1, width, 1))[0]
+
+
+def cancelling_matrices(model: Llama) -> list[tuple[nn.Module, int]]:
+    """One matrix of each kind and shape that the model has, and its number of columns.
+
+    Its second half is minus the first. So of a row whose second half is the first again it makes 0
+    but for what rounding leaves: see ``cancelling``.
+    """
+    c = model.config
+    shapes = [*c.layer_shapes, (c.vocab_size, c.hidden_size)]
+    kinds = set()
+    for layer in layers_of_each_kind(model):
+        matrices = [*(getattr(layer, name) for name in MATRICES), model.head or model.embed]
+        kinds |= {(kind_of(matrix), shape) for matrix, shape in zip(matrices, shapes)}
+    random = torch.Generator().manual_seed(0)
+    found = []
+    for kind, (rows, columns) in sorted(kinds, key=str):
+        half = torch.randn(min(rows, OUTPUTS), columns // 2, generator=random)
+        weight = torch.cat((half, -half, half.new_zeros(len(half), columns % 2)), dim=1)
+        found.append((kind(weight.to(model.embed.weight)), columns))
+    return found
+
+
+def kind_of(matrix: nn.Module) -> Callable[[Tensor], nn.Module]:
+    """What makes such a matrix of its weights."""
+    matrix = getattr(matrix, "linear", matrix)         # of a shared model: before it is added up
+    return plain_linear if isinstance(matrix, nn.Linear | nn.Embedding) else type(matrix)
+
+
+def plain_linear(weight: Tensor) -> nn.Module:
+    linear = nn.Linear(*weight.T.shape, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
 
 
 def cancelling(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

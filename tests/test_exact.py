@@ -298,6 +298,23 @@ def test_the_narrowest_pass_is_the_last_that_rounds_alike(monkeypatch, uneven_ro
     assert narrowest(model, 5) == fewest
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_that_add_up_in_another_order_for_one_row_are_found(monkeypatch, dtype):
+    """In 16 bits that shows for one row of a hundred, unless what is added up cancels."""
+    roundly(monkeypatch, set())
+    by_row = torch.nn.functional.linear
+    model = random_model().to(dtype)
+    assert narrowest(model, 5) == 1
+
+    def otherwise(x, weight, bias=None):
+        if x.shape[-2] == 1:
+            return by_row(x.float().flip(-1), weight.float().flip(-1)).to(x.dtype)
+        return by_row(x.float(), weight.float()).to(x.dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", otherwise)
+    assert narrowest(random_model().to(dtype), 5) == 2
+
+
 @pytest.mark.parametrize("context, longest", [(896, 384), (897, 1024), (1000, 1024), (4000, 4096)])
 def test_all_forms_of_attention_are_tried_that_a_text_may_meet(context, longest):
     """Passes look over whole blocks, which may reach past the context's end."""
