@@ -61,7 +61,7 @@ def make(seed: int = 0) -> dict:
             **parts(),
             **{name: dp_cases(kind) for name, kind in problem3.KINDS.items()},
             **{f"{name}, consistent": consistent_cases(kind.tokens)
-               for name, kind in problem3.KINDS.items() if kind.measure is None},
+               for name, kind in problem3.KINDS.items() if not (kind.measure or kind.change)},
             "texts": texts(),
         }
     use_golden(made)
@@ -111,10 +111,10 @@ def dp_cases(kind: problem3.Kind) -> list[dict]:
     """
     kept = []
     for (layers, budget), seed in product(problem3.SHAPES, range(kind.seeds)):
-        layer, states = problem3.toy(layers, seed, kind.tokens)
-        sets = clear_selection(layer, states, budget, kind.measure)
+        layer, states = kind.toy(layers, seed)
+        sets = clear_selection(layer, states, budget, kind)
         with problem3.doubles():
-            cells = clear_selection(layer, states, budget, kind.measure)
+            cells = clear_selection(layer, states, budget, kind)
         if sets and cells:
             kept.append({
                 "case": [layers, budget, seed],
@@ -124,10 +124,12 @@ def dp_cases(kind: problem3.Kind) -> list[dict]:
     return kept
 
 
-def clear_selection(layer, states, budget: int, measure) -> list[frozenset] | None:
+def clear_selection(
+    layer, states, budget: int, kind: problem3.Kind
+) -> list[frozenset] | None:
     """The DP's sets, if no choice was a near tie."""
     margins = []
-    measure = measure or dp_skip.distances
+    measure = kind.measure or dp_skip.distances
 
     def watched(rows, target):
         result = measure(rows, target)
@@ -136,7 +138,7 @@ def clear_selection(layer, states, budget: int, measure) -> list[frozenset] | No
         return result
 
     sets = dp_skip.select_layers_plain(layer, states, budget, watched).skip_sets
-    return sets if min(margins, default=1.0) > MARGIN else None
+    return sets if min(margins, default=1.0) > MARGIN * kind.distance else None
 
 
 def consistent_cases(tokens: int | None) -> list[dict]:

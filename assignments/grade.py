@@ -395,8 +395,8 @@ def main() -> int:
     if args.json:
         print(json.dumps(as_gradescope(results, seconds, notes, board), indent=2))
     else:
-        text = as_text(results, notes, board)
-        print(text.encode(errors="backslashreplace").decode())       # students' errors may say all
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what students' errors say, and ✓
+        print(as_text(results, notes, board))
     return 0
 
 

@@ -62,7 +62,7 @@ def held_out() -> list[Question]:
 def read_spec_bench(path: Path) -> list[Question]:
     questions = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.isspace():
                     continue

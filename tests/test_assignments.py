@@ -934,6 +934,15 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_report_comes_on_a_terminal_without_its_characters_too(solved):
+    misbehave(solved, "dp_skip.walk_back", "raise ValueError('\\udcff é')")
+    done = subprocess.run(
+        [sys.executable, "grade.py", "--problems", "3"], cwd=solved, capture_output=True, text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and not done.stderr
+    assert r"\u2717 3.2" in done.stdout and "Total: 12 of" in done.stdout
+
+
 def test_the_seed_of_the_cases_that_are_handed_out_is_no_seed_for_marks(tmp_path):
     (tmp_path / "model.py").touch()
     done = subprocess.run([sys.executable, str(HERE / "grade.py"), str(tmp_path), "--seed", "0"],

@@ -387,7 +387,7 @@ def test_spec_bench_questions_are_grouped_and_limited(tmp_path):
         for i, category in enumerate(["writing", "math", "rag"] * 10)
     ]
     lines = [json.dumps(question, ensure_ascii=False) + "\n" for question in questions]
-    path.write_text("".join(lines) + "\n")
+    path.write_text("".join(lines) + "\n", encoding="utf-8-sig")   # with a byte order mark
     found = read_questions(path, limit=4)
     groups = [question.group for question in found]
     assert groups.count("chat") == 4

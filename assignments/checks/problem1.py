@@ -160,7 +160,7 @@ def empty_cache(dtype=torch.float32):
     fill = torch.tensor([KEY_FILL, VALUE_FILL], dtype=dtype).reshape(2, 1, 1, 1, 1, 1)
     cache.slots = fill.repeat(1, 2, 1, 1, SLOTS, 1)
     cache.keys, cache.values = cache.slots[0].unbind(), cache.slots[1].unbind()
-    cache.tokens, cache.rows = SLOTS, 0
+    cache.tokens, cache.scratch = SLOTS, 0
     cache.length = 1                                           # put is told the slot; not it
     return cache
 
@@ -250,6 +250,13 @@ def attends():
     close(attention(100 * q, 100 * k, k.clone(), None)[0, 0, 0, :1], [1.0],
           "The softmax is of the scores less their largest, or large ones overflow",
           "query (200, 0), keys (100, 0) and (0, 0) with values 1 and 0: what is read", (None,))
+    close(attention(column(200.0, -200.0), column(1.0, 1.0), column(1.0, 3.0), torch.zeros(2, 2))
+          .flatten(), [2.0, 2.0],
+          "The softmax is of a row's scores less the largest of that row",
+          "2 rows with queries 200 and -200, 2 slots with keys 1 and 1, values 1 and 3", ("row",))
+    close(attention(column(100.0), column(-2.0, 0.0), column(1.0, 3.0), mask[:1, :2]).flatten(),
+          [1.0], "A masked slot counts nothing, however much larger its score is than the others",
+          "query 100, keys -2 and 0, values 1 and 3, the second masked", ("row",))
     narrow = [one.bfloat16() for one in random_attention()]
     equal(attention(*narrow).dtype, torch.bfloat16,
           "Attention keeps the dtype of q", "q, k, v and mask in bfloat16: dtype")

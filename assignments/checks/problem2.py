@@ -93,7 +93,7 @@ def mask():
 
 @check(2, "Continuing a cache")
 def with_cache():
-    for start, rows in ((0, 1), (0, 2), (3, 1), (3, 2)):
+    for start, rows in ((0, 1), (0, 2), (1, 2), (3, 1), (3, 2)):
         cache = marked_cache(start)
         tokens = [1, 2][:rows]
         got, calls = forward(tokens, {2}, cache)

@@ -175,6 +175,13 @@ attention.mistake(
     ("return scores.softmax(-1)",
      "weights = scores.exp()\n    return weights / weights.sum(-1, keepdim=True)"))
 attention.mistake(
+    "a softmax shifted by the largest of all scores",
+    ("return scores.softmax(-1)",
+     "weights = (scores - scores.max()).exp()\n    return weights / weights.sum(-1, keepdim=True)"))
+attention.mistake(
+    "a mask that is no more than large",
+    ("scores = scores + mask", "scores = scores.masked_fill(mask < 0, -100.0)"))
+attention.mistake(
     "a causal mask in float32",
     ("scores = scores.masked_fill(later, -math.inf)",
      "scores = scores + torch.zeros(rows, rows).masked_fill(later, -math.inf)"))

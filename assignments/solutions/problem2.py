@@ -34,6 +34,10 @@ def forward(self, tokens, cache=None, skip=(), slots=None):
 
 
 forward.mistake(
+    "no mask behind a single token",
+    ("model.causal_mask(start, rows, end, x)",
+     "model.causal_mask(start, rows, end, x) if start != 1 or slots else None"))
+forward.mistake(
     "skipped layers counted from 1",
     ("i in skip", "i + 1 in skip"))
 forward.mistake(

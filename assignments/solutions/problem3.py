@@ -128,6 +128,16 @@ select_layers_plain.mistake(
     "states in float32",
     ("    column = {0", "    states = states.float()\n    column = {0"))
 select_layers_plain.mistake(
+    "compared by the cosine itself",
+    ("measure = measure or dp_skip.distances",
+     "measure = measure or (lambda rows, state: "
+     "(1 - torch.cosine_similarity(rows, state, dim=-1)).reshape(len(rows), -1).mean(1))"))
+select_layers_plain.mistake(
+    "cosines in the states' own dtype",
+    ("cosines = dp_skip.cosines(finals, states[-1])",
+     "cosines = torch.cosine_similarity(finals, states[-1], dim=-1).reshape(budget + 1, -1)"
+     ".mean(1).tolist()"))
+select_layers_plain.mistake(
     "another measure ignored",
     ("measure(pair", "dp_skip.distances(pair"))
 select_layers_plain.mistake(

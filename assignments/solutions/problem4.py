@@ -43,6 +43,16 @@ select_layers.mistake(
     "cosines made of the measure",
     ("dp_skip.cosines(finals, states[-1])", "(1 - measure(finals, states[-1]) ** 2 / 2).tolist()"))
 select_layers.mistake(
+    "compared by the cosine itself",
+    ("measure = measure or dp_skip.distances",
+     "measure = measure or (lambda rows, state: "
+     "(1 - torch.cosine_similarity(rows, state, dim=-1)).reshape(len(rows), -1).mean(1))"))
+select_layers.mistake(
+    "cosines in the states' own dtype",
+    ("dp_skip.cosines(finals, states[-1])",
+     "torch.cosine_similarity(finals, states[-1], dim=-1).reshape(len(finals), -1)"
+     ".mean(1).tolist()"))
+select_layers.mistake(
     "another measure ignored",
     ("measure(pair", "dp_skip.distances(pair"))
 select_layers.mistake(

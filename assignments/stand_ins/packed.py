@@ -2,6 +2,7 @@
 
 Here it changes nothing.
 """
+MATRICES = ("qkv", "o", "gate_up", "down")               # of a layer
 
 
 def is_x86(device):
