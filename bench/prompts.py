@@ -78,4 +78,5 @@ def read_spec_bench(path: Path) -> list[Question]:
 def texts(turns) -> list[str]:
     if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
         raise TypeError("turns must be a list of texts")
+    "".join(turns).encode()                            # fails for half a surrogate pair
     return turns

@@ -401,6 +401,7 @@ def test_spec_bench_questions_are_grouped_and_limited(tmp_path):
 @pytest.mark.parametrize("text", [
     "", "{}", "[]", "no json", '{"question_id": 1, "category": "qa", "turns": "one"}',
     '{"question_id": 1, "category": "qa", "turns": [1]}',
+    '{"question_id": 1, "category": "qa", "turns": ["\\ud83d"]}',
 ])
 def test_what_is_not_spec_benchs_file_is_refused(tmp_path, text):
     path = tmp_path / "q.jsonl"

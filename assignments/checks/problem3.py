@@ -71,10 +71,11 @@ def far_out(layer, states: Tensor):
 def manhattan(rows: Tensor, target: Tensor) -> Tensor:
     """In ``distances``' place, to tell a mistake there from one in the DP.
 
-    The same for targets of any length. Of several tokens: the mean.
+    The same for targets of any length. Of several tokens: the mean. Of infinity NaN, as there.
     """
     scaled = 3 * target / target.abs().sum(-1, keepdim=True)
-    return (rows - scaled).abs().sum(-1).reshape(len(rows), -1).mean(-1)
+    apart = (rows - scaled).abs().sum(-1).reshape(len(rows), -1).mean(-1)
+    return apart.masked_fill(apart.isinf(), torch.nan)
 
 
 def of_the_last_token(rows: Tensor, target: Tensor) -> Tensor:
@@ -128,10 +129,22 @@ def named(
     return f"L = {layers}, M = {budget}{rest}, layer, states = {made}{measured} of {FILE}"
 
 
+SMALL = 1e-4                  # times distances, where a cosine would have no digits left
+
+
 @contextlib.contextmanager
-def doubles():
-    with mock.patch("dp_skip.distances", manhattan), mock.patch("dp_skip.walk_back", cells):
+def doubles(times: float = 1.0):
+    """distances and walk_back exchanged. times: by which distances are multiplied."""
+    def distances(rows: Tensor, target: Tensor) -> Tensor:
+        return times * manhattan(rows, target).float()
+
+    with mock.patch("dp_skip.distances", distances), mock.patch("dp_skip.walk_back", cells):
         yield
+
+
+def no_cosines(candidates: Tensor, state: Tensor) -> list[float]:
+    """In ``cosines``' place, where nothing is to be chosen by them."""
+    return [1.0] * len(candidates)
 
 
 def function(name: str):
@@ -162,8 +175,9 @@ def same_sets(name: str, kind: str = "dp"):
     Or else its sets as they are: it may do distances' and walk_back's work itself, and right.
     """
     try:
-        with doubles():
-            golden_sets(name, kind, "cells")
+        for times in (1.0, SMALL):
+            with doubles(times), mock.patch("dp_skip.cosines", no_cosines):
+                golden_sets(name, kind, "cells")
     except Exception as error:
         try:
             golden_sets(name, kind, "skip_sets")
@@ -276,6 +290,26 @@ def overflow(name: str):
         equal(largest(select, broken, states, 1), frozenset({1}),
               "A candidate that overflowed, so that its distance is NaN, is never chosen over one "
               "that did not", "L = 2, M = 1, layers that return NaN, m = 1")
+
+
+    def one_overflows(i, rows):
+        """Layer 1 doubles a row, layer 2 makes (0, 1) of it; but of (1, 0) infinity."""
+        if i < 2:
+            return 2 * rows
+        first = rows[..., :1]
+        made = torch.cat((0 * first, first), dim=-1) / 2
+        return torch.where(first == 1, torch.inf, made)
+
+    states = torch.tensor([[1.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    with doubles():
+        chosen, _ = selected(select, one_overflows, states, 2, "L = 3, M = 2")
+    if [frozenset(cells) for cells in chosen[1:]] != [{(1, 1)}, {(1, 1), (2, 2), (3, 2)}]:
+        chosen, _ = selected(select, one_overflows, states, 2, "L = 3, M = 2")
+        equal([sorted(skip) for skip in chosen], [[], [0], [0, 2]],
+              "A candidate that overflowed to infinity is never chosen over one that did not, and "
+              "others of its layer stay as they are",
+              "L = 3, M = 2, states (1, 0), (1, 0), (2, 0), (0, 1), layers 0 and 1 that double a "
+              "row, layer 2 that makes (0, 1) of (2, 0) and infinity of (1, 0): skip_sets")
 
 
 def refuses(name: str, *budgets: tuple[int, ...]):

@@ -728,7 +728,8 @@ def counts(played: Played) -> list[tuple[int, ...]]:
 # ---------------------------------------------------------------------------- CLaSp's drafter
 
 M = 2                         # layers that the drafter is to skip
-CYCLES = 8
+ACCEPTED = (0, 1, 2, 0, 1, 0, 2, 1)                    # drafted tokens, by cycle
+CYCLES = len(ACCEPTED)
 
 
 @contextlib.contextmanager
@@ -821,10 +822,10 @@ def drafted():
 
 
 def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
-    """Begin a text and go through some cycles of 2 tokens each, as the loop would.
+    """Begin a text and go through some cycles, as the loop would. See ``ACCEPTED`` and ``marks``.
 
-    The states of cycle c's tokens are all c - 0.5 and c. ``due``: cycles before each run of the DP.
-    ``skips``: what each draft left out, None where there was none.
+    ``due``: cycles before each run of the DP. ``skips``: what each draft left out, None where there
+    was none.
     """
     import speculative
     seen.runs.clear()
@@ -835,15 +836,25 @@ def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
     for cycle in range(1, CYCLES + 1):
         drafts = len(seen.drafts)
         drafter.propose(text, 9)
-        happened.skips.append(seen.drafts[-1].skip if len(seen.drafts) > drafts else None)
+        proposed = len(seen.drafts) > drafts
+        happened.skips.append(seen.drafts[-1].skip if proposed else None)
+        told = marked_states(*marks(cycle))
         text.stats.cycles += 1
-        text.stats.tokens += [0, 0]
+        text.stats.tokens += [0] * len(marks(cycle))
         runs = len(seen.runs)
-        draft = speculative.Draft([], [])
-        told = marked_states(cycle - 0.5, cycle)
-        drafter.observe(text, speculative.Outcome(draft, 1, told, {}))
+        draft = seen.draft if proposed else speculative.Draft([], [])
+        drafter.observe(text, speculative.Outcome(draft, ACCEPTED[cycle - 1], told, {}))
         happened.due += [cycle] * (len(seen.runs) - runs)
     return happened
+
+
+def marks(cycle: int) -> list[float]:
+    """Of the states of a cycle's tokens, the pending one and those accepted: c, c + 1/4, ..."""
+    return [cycle + i / 4 for i in range(ACCEPTED[cycle - 1] + 1)]
+
+
+def new_tokens(cycles: int) -> int:
+    return cycles + sum(ACCEPTED[:cycles])
 
 
 def due(hidden: Tensor | None, interval: int) -> list[int]:
@@ -865,7 +876,7 @@ LIVES = [(STATES, 1), (STATES, 2), (STATES, 3), (None, 1), (None, 2), (None, 3)]
 
 def life(hidden: Tensor | None, interval: int) -> str:
     begin = "a prompt of one token" if hidden is None else "a longer prompt"
-    return f"{begin}, opt_interval {interval}, {CYCLES} cycles of 2 tokens"
+    return f"{begin}, opt_interval {interval}, cycles that accept {show(list(ACCEPTED))} tokens"
 
 
 @check(2, "The drafter: when the DP runs")
@@ -906,20 +917,21 @@ def on_what():
                 equal(run.budget, budget, "The DP's budget is skip_layers", f"{where}: budget")
                 if run.model is not text.model or run.cache is not text.cache:
                     raise PropertyError("The DP runs on the text's model and cache", where)
-                marks = [] if hidden is None else list(BEGUN)
-                marks += [c + half for c in range(1, cycle + 1) for half in (-0.5, 0.0)]
-                marks = marks[-tokens:]
-                equal(tuple(run.hidden.shape), (LAYERS + 1, len(marks), VOCABULARY),
+                expected = [] if hidden is None else list(BEGUN)
+                for before in range(1, cycle + 1):
+                    expected += marks(before)
+                expected = expected[-tokens:]
+                equal(tuple(run.hidden.shape), (LAYERS + 1, len(expected), VOCABULARY),
                       "The DP gets h_0 .. h_L of the last opt_tokens tokens in the cache, "
                       "(L+1, T, dim), or of all that the drafter was told if these are fewer",
                       f"{where}: shape")
                 equal(run.hidden.dtype, torch.bfloat16,
                       "The DP gets the states in the dtype that they came in",
                       f"{where}, states in bfloat16: dtype")
-                equal(run.hidden[0, :, 0].tolist(), marks,
+                equal(run.hidden[0, :, 0].tolist(), expected,
                       "The DP gets the states that the drafter was told last, of several cycles if "
                       "opt_tokens are more than one has",
-                      f"{where}, states of cycle c's tokens all c - 0.5 and c, those of the "
+                      f"{where}, states of cycle c's tokens all c, c + 1/4, ..., those of the "
                       f"prompt's {show(BEGUN)}: states given")
             for measure in seen.measures:
                 equal(measure, "distances" if tokens == 1 else "relative_distances",
@@ -937,17 +949,17 @@ def on_what():
             equal(text.stats.optimizations, len(cycles),
                   "stats.optimizations counts the runs of the DP", f"{example}: optimizations")
             equal([(n, frozenset(skip)) for n, skip in text.stats.skip_sets],
-                  [(2 * cycle, chosen) for cycle, chosen in zip(cycles, sets)],
+                  [(new_tokens(cycle), chosen) for cycle, chosen in zip(cycles, sets)],
                   "stats.skip_sets holds each set that was chosen, after how many new tokens",
                   f"{example}: skip_sets")
     with noted() as seen:
         drafter = speculative.Clasp(token_model(), M, 3, 0.0, CYCLES, 4)
         live(drafter, text_of([1, 2]), STATES, seen)
         live(drafter, text_of([1, 2]), None, seen)
-        equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, 2, VOCABULARY),
+        equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, 1, VOCABULARY),
               "A drafter may go from text to text: it forgets the states of the last one",
               "a longer prompt, then a prompt of one token, opt_tokens 4, its first run, after one "
-              "cycle of 2 tokens: shape")
+              "cycle that accepts nothing: shape")
     with noted() as seen:
         drafter = speculative.Clasp(token_model(), M, 3, 0.0, CYCLES, 3)
         text = text_of([1, 2])

@@ -133,10 +133,25 @@ select_layers_plain.mistake(
      "measure = measure or (lambda rows, state: "
      "(1 - torch.cosine_similarity(rows, state, dim=-1)).reshape(len(rows), -1).mean(1))"))
 select_layers_plain.mistake(
+    "compared by what cosines makes",
+    ("a, b = measure(pair, states[i]).tolist()",
+     "a, b = [-c for c in dp_skip.cosines(pair, states[i])]"
+     " if measure is dp_skip.distances else measure(pair, states[i]).tolist()"))
+select_layers_plain.mistake(
+    "distances made cosines before they are compared",
+    ("a, b = measure(pair, states[i]).tolist()",
+     "a, b = (-(1 - measure(pair, states[i]) ** 2 / 2)).tolist()"))
+select_layers_plain.mistake(
+    "close enough taken for a tie",
+    ("not a <= b", "not a <= b + 1e-3"))
+select_layers_plain.mistake(
     "cosines in the states' own dtype",
     ("cosines = dp_skip.cosines(finals, states[-1])",
      "cosines = torch.cosine_similarity(finals, states[-1], dim=-1).reshape(budget + 1, -1)"
      ".mean(1).tolist()"))
+select_layers_plain.mistake(
+    "the state asked for NaN, not the distance",
+    ("not a <= b", "bool(ran.isnan().any()) or b < a"))
 select_layers_plain.mistake(
     "another measure ignored",
     ("measure(pair", "dp_skip.distances(pair"))

@@ -48,10 +48,24 @@ select_layers.mistake(
      "measure = measure or (lambda rows, state: "
      "(1 - torch.cosine_similarity(rows, state, dim=-1)).reshape(len(rows), -1).mean(1))"))
 select_layers.mistake(
+    "compared by what cosines makes",
+    ("a, b = measure(pair, states[i]).tolist()",
+     "a, b = [-c for c in dp_skip.cosines(pair, states[i])]"
+     " if measure is dp_skip.distances else measure(pair, states[i]).tolist()"))
+select_layers.mistake(
+    "close enough taken for a tie",
+    ("not a <= b", "not a <= b + 1e-3"))
+select_layers.mistake(
     "cosines in the states' own dtype",
     ("dp_skip.cosines(finals, states[-1])",
      "torch.cosine_similarity(finals, states[-1], dim=-1).reshape(len(finals), -1)"
      ".mean(1).tolist()"))
+select_layers.mistake(
+    "the state asked for NaN, not the distance",
+    ("not a <= b", "bool(run.isnan().any()) or b < a"))
+select_layers.mistake(
+    "all candidates left out where one overflowed",
+    ("not a <= b", "not (a <= b and ran.isfinite().all())"))
 select_layers.mistake(
     "another measure ignored",
     ("measure(pair", "dp_skip.distances(pair"))

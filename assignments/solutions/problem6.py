@@ -503,6 +503,10 @@ observe.mistake(
     "states in float32",
     ("[outcome.hidden]", "[outcome.hidden.float()]"))
 observe.mistake(
+    "states kept only where something was accepted",
+    ("    self.recent += [outcome.hidden]\n",
+     "    if outcome.accepted:\n        self.recent += [outcome.hidden]\n"))
+observe.mistake(
     "interval counted in tokens",
     ("text.stats.cycles", "text.stats.new_tokens"))
 observe.mistake(
@@ -540,6 +544,9 @@ def choose_layers(self, text):
     text.stats.skip_sets.append((text.stats.new_tokens, self.skip))
 
 
+choose_layers.mistake(
+    "the measure by how many states there are",
+    ("if self.opt_tokens > 1", "if hidden.shape[1] > 1"))
 choose_layers.mistake(
     "the set of a smaller budget",
     (", self.budget, select)", ", self.budget)"),
