@@ -78,7 +78,8 @@ def explain(error: BaseException, repo: str) -> str:
     if not inside:
         return could_not_use(error, said, stack)
     frame, line = inside[-1]
-    at = f", at {Path(frame.f_code.co_filename).name}, line {line}{given(inside[0][0], stack)}"
+    caller, _ = stack[stack.index(inside[0]) - 1]
+    at = f", at {Path(frame.f_code.co_filename).name}, line {line}{given(inside[0][0], caller)}"
     if isinstance(error, MemoryError) or "allocate memory" in said:
         return f"Your code asked for more than the {MEMORY >> 30} GiB of memory allowed here{at}"
     if isinstance(error, SystemExit):
@@ -104,19 +105,19 @@ def could_not_use(error: BaseException, said: str, stack: list[tuple[FrameType, 
             f"{path.relative_to(HERE)}, line {line}: {code}")
 
 
-def given(frame: FrameType, stack: list[tuple[FrameType, int]]) -> str:
+def given(frame: FrameType, caller: FrameType) -> str:
     """The arguments of the student's function that the check called: the example that failed.
 
-    They are those that ``watched`` gave it; the function may have put others in their place since.
+    They are those that ``watched`` gave it, if that called it: the function may have put others in
+    their place since.
     """
     code = frame.f_code
     if code.co_name == "<module>":
         return ""
     names = code.co_varnames[:code.co_argcount]
     arguments = {name: frame.f_locals.get(name) for name in names}
-    for caller, _ in stack:
-        if caller.f_code.co_name == "watch":
-            arguments |= dict(caller.f_locals["given"])
+    if caller.f_code.co_filename == watched.__code__.co_filename:
+        arguments |= dict(caller.f_locals.get("given", ()))
     shown = []
     for name, value in arguments.items():
         is_tensor = hasattr(value, "shape")
