@@ -142,9 +142,12 @@ def doubles(times: float = 1.0):
         yield
 
 
+NO_COSINE = 7.0
+
+
 def no_cosines(candidates: Tensor, state: Tensor) -> list[float]:
     """In ``cosines``' place, where nothing is to be chosen by them."""
-    return [1.0] * len(candidates)
+    return [NO_COSINE] * len(candidates)
 
 
 def function(name: str):
@@ -214,9 +217,9 @@ def several_tokens(name: str):
     layer, states = consistent_toy(4, 0, TOKENS)
     example = named(4, 2, "consistent_toy", kind=KINDS["dp by another measure"])
     select = partial(function(name), measure=of_the_last_token)
-    with doubles(), mock.patch("dp_skip.cosines", lambda candidates, _: [7.0] * len(candidates)):
+    with doubles(), mock.patch("dp_skip.cosines", no_cosines):
         _, got = selected(select, layer, states, 2, example)
-    if list(got) == [7.0] * 3:                         # they are what ``cosines`` makes
+    if list(got) == [NO_COSINE] * 3:                         # they are what ``cosines`` makes
         return
     sets, got = selected(select, layer, states, 2, example)
     close(torch.tensor(got), [cosine_of(skip, layer, states) for skip in sets],
@@ -290,7 +293,6 @@ def overflow(name: str):
         equal(largest(select, broken, states, 1), frozenset({1}),
               "A candidate that overflowed, so that its distance is NaN, is never chosen over one "
               "that did not", "L = 2, M = 1, layers that return NaN, m = 1")
-
 
     def one_overflows(i, rows):
         """Layer 1 doubles a row, layer 2 makes (0, 1) of it; but of (1, 0) infinity."""
