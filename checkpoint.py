@@ -351,10 +351,10 @@ def side_by_side(work: Callable, items: list):
     """
     from tqdm import tqdm  # comes with huggingface-hub
     threads = ThreadPoolExecutor(min(LOADERS, torch.get_num_threads()))
-    shown = None if sys.stderr else True               # None: shown on a terminal
+    hidden = None if sys.stderr else True              # None: shown on a terminal
     try:
         done = threads.map(work, items)
-        for _ in tqdm(done, "loading", len(items), leave=False, delay=2, disable=shown):
+        for _ in tqdm(done, "loading", len(items), leave=False, delay=2, disable=hidden):
             pass
     finally:
         threads.shutdown(cancel_futures=True)

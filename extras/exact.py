@@ -13,6 +13,7 @@ What is left is to find a width at which a row's bits do not depend on its *plac
 to some number, often 1 (``narrowest``). Then passes need no padding below it, and being exact costs
 next to nothing.
 """
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -97,10 +98,16 @@ def is_even(model: Llama, width: int) -> bool:
 
 @torch.inference_mode()
 def find_narrowest(model: Llama, width: int) -> int:
-    """See ``narrowest``: by the trials of ``is_even``, and a pass of one token and padding."""
+    """See ``narrowest``: by the trials of ``is_even``, and a pass of one token and padding.
+
+    It shows a progress bar, on a terminal, from 2 s: wide passes have many widths below theirs.
+    """
+    from tqdm import tqdm  # comes with huggingface-hub
     least = 1
     matrices = cancelling_matrices(model)
-    for slots, seed in trials(model):
+    hidden = None if sys.stderr else True              # None: shown on a terminal
+    what = "how wide exact passes must be"
+    for slots, seed in tqdm(trials(model), what, leave=False, delay=2, disable=hidden):
 
         def results(rows: int) -> Iterable[Tensor]:
             return results_of_equal_rows(model, matrices, rows, slots, seed)
