@@ -732,8 +732,10 @@ def added_token(token: str | dict, **flags: bool):
 def tokens_beside(folder: Path, config: dict, known: dict) -> dict:
     """The tokens that files beside tokenizer.json list, by id: each a tokenizers.AddedToken.
 
-    An older folder's file says no more than their texts and ids. config: tokenizer_config.json's.
-    known: tokenizer.json's, by text.
+    An older folder's file says no more than their texts and ids. They are found in a text as it is
+    written. (transformers looks in the normalised text, where LLaMA 2's "▁" hides them.)
+
+    config: tokenizer_config.json's. known: tokenizer.json's, by text.
     """
     file = folder / "tokenizer_config.json"
     named = config.get("added_tokens_decoder")
@@ -778,11 +780,11 @@ def are_of_layers(settings: dict) -> bool:
     return bool(settings.keys() - {"draft_length"})
 
 
-def suggested_settings(folder: Path | None) -> dict:
+def suggested_settings(folder: Path | str | None) -> dict:
     """The settings of CLaSp that a model suggests for itself, if any."""
     if folder is None:
         return {}
-    path = folder / "generation_config.json"
+    path = Path(folder) / "generation_config.json"
     suggested = read_json(path).get("clasp", {})
     known = isinstance(suggested, dict) and suggested.keys() <= SUGGESTIBLE.keys()
     if not known or not all(isinstance(value, SUGGESTIBLE[name]) and not isinstance(value, bool)

@@ -122,7 +122,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     Query head h reads key-value head h // (heads / kv_heads).
 
     mask (rows, slots): 0 where a row may look, -inf elsewhere. None: one row sees all slots;
-    several rows, which must start at slot 0, are causal: row r sees slots 0 .. r.
+    several rows, of just as many slots, are causal: row r sees slots 0 .. r.
     """
     causal = mask is None and q.shape[2] > 1
     return F.scaled_dot_product_attention(

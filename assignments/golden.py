@@ -43,7 +43,7 @@ PROMPTS = [                   # of which the first that fit are taken
     "In the middle of the night, the princess",
 ]
 CONTINUED = 12                # tokens sampled after one of these, for other seeds than 0
-CONSISTENT = [(1, 1), (3, 2), (5, 5)]                  # layers, budget
+CONSISTENT = [(1, 1), (3, 2), (6, 2), (5, 5)]                  # layers, budget
 
 
 def rounded(x):

@@ -262,9 +262,11 @@ def is_function(node: ast.AST) -> bool:
 
 
 def is_unwritten(node: ast.FunctionDef) -> bool:
-    if not isinstance(node.body[-1], ast.Raise):
+    """Does it just say so? (The line may be left behind a body that returns before it.)"""
+    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+    if not (len(body) == 1 and isinstance(body[0], ast.Raise)):
         return False
-    error = node.body[-1].exc
+    error = body[0].exc
     return isinstance(error, ast.Call) and bool(error.args) and bool(
         UNWRITTEN.fullmatch(str(getattr(error.args[0], "value", ""))))
 

@@ -7,6 +7,7 @@ import builtins
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import os
 import re
@@ -200,6 +201,10 @@ def test_doubles_have_what_the_docstrings_of_the_core_promise():
     angles = checks.doubles.marked_angles(2)
     blocks = layer.mlp_block(layer.attention_block(x, *angles))
     assert blocks.equal(layer(x, *angles))
+    for double in (checks.problem3.manhattan, checks.problem3.of_the_last_token):
+        assert [*inspect.signature(double).parameters] == ["candidates", "state"]
+    layer, states = checks.problem3.toy(2, 0)
+    layer(1, candidates=states)
     assert calls[0].positions == calls[1].positions == calls[0].from_sin == [0.0, 1.0]
 
 
@@ -551,6 +556,17 @@ def fine(x=EPS, key=lambda y: y + EPS, all=[i for i in range(3)]): return key(x)
         assert any(f"{name}: line" in note and "which is not taken" in note for note in notes)
         with pytest.raises(NotImplementedError, match="not taken"):
             module[name]()
+
+
+def test_the_line_that_a_function_is_not_written_may_be_left_behind_its_body(tmp_path):
+    path = tmp_path / "dp_skip.py"
+    core = grade.skeletons([3])
+    said = 'raise NotImplementedError("dp_skip.walk_back, problem 3")'
+    path.write_text(core["dp_skip"].replace(said, f"return layers\n    {said}"))
+    tree, _ = taken.assemble(core["dp_skip"], path, taken.names_of(core))
+    module = {"__watched__": checks.common.watched, "__name__": "dp_skip"}
+    exec(compile(tree, "dp_skip.py", "exec"), module)
+    assert module["walk_back"](None, 5, 0) == 5
 
 
 def test_fields_of_the_cores_objects_may_be_used():

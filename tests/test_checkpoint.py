@@ -722,7 +722,7 @@ def test_a_model_may_suggest_settings(tmp_path):
     assert suggested_settings(None) == suggested_settings(tmp_path) == {}
     chosen = {"skip_layers": 3, "exit_threshold": 0.5}
     set_fields(tmp_path, "generation_config.json", clasp=chosen)
-    assert suggested_settings(tmp_path) == chosen
+    assert suggested_settings(tmp_path) == suggested_settings(str(tmp_path)) == chosen
 
 
 @pytest.mark.parametrize("suggested", [

@@ -81,9 +81,14 @@ def require_rows(x, store):
 
 def marks_seen(marks: list[float], mask: Tensor | None, rows: int) -> list[list[float]]:
     """For each row the marks of the slots that a mask lets it see."""
-    if mask is None:
-        return [marks] if rows == 1 else [marks[:r + 1] for r in range(rows)]
     slots = len(marks)
+    if mask is None and rows == 1:
+        return [marks]
+    if mask is None:
+        equal(slots, rows,
+              "Without a mask several rows are all that there is to see: see attention",
+              f"{rows} rows, no mask: slots that store returns")
+        return [marks[:r + 1] for r in range(rows)]
     if tuple(mask.shape[-2:]) not in ((rows, slots), (1, slots)):
         raise PropertyError(
             "A layer's mask is (rows, slots), over the slots that store returns",
@@ -239,14 +244,15 @@ def token_model():
         def logits(self, state):
             logits = -state
             if self.broken is not None and self.broken[0] == len(self.passes) - 1:
-                logits[:, self.broken[1]] = torch.nan
+                _, row, number = self.broken
+                logits[:, row] = number
             return logits
 
     with marked_rope():
         llama = TokenModel(config(vocab_size=VOCABULARY))
     llama.passes = []
     llama.dtype = torch.float32
-    llama.broken = None                                # pass and row whose logits are NaN
+    llama.broken = None                                # pass, and row whose logits are which number
     return llama
 
 

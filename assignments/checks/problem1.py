@@ -360,6 +360,36 @@ def block_attends():
           "3 heads of 4 dimensions, 1 key-value head, whose value is (1 .. 4), x (1, 1, 8), an o "
           "that takes the first two heads: what is added to x", AXES)
 
+    layer = bare_layer()
+    layer.o.weight.data = torch.eye(8)
+    layer.attend = lambda q, k, v, mask: torch.ones_like(q)
+    close(run(layer, torch.zeros(1, 2, 8), *still(2)), torch.ones(1, 2, 8),
+          "The block attends by self.attend: the fast attention takes its place",
+          "a self.attend that makes 1 of everything: what is added to x (1, 2, 8)", AXES)
+    block_keeps_dtype()
+
+
+def block_keeps_dtype():
+    given = []
+
+    def store(k, v):
+        given.extend((k.dtype, v.dtype))
+        return k, v
+
+    def attend(q, k, v, mask):
+        given.append(q.dtype)
+        return torch.ones_like(q)
+
+    layer = bare_layer().bfloat16()
+    layer.attend = attend
+    x = row(1.0).bfloat16()
+    got = run(layer, x, *(angles.bfloat16() for angles in still(1)), None, store)
+    example = "layer, x, cos and sin in bfloat16"
+    equal(given, [torch.bfloat16] * 3,
+          "Queries, keys and values have the dtype of x",
+          f"{example}: dtypes of k and v in store, and of q in self.attend")
+    equal(got.dtype, torch.bfloat16, "The block keeps the dtype of x", f"{example}: dtype")
+
 
 class Slots:
     """A store of two slots in two heads, which notes what is put into it. Slot 1 is all 0."""

@@ -112,6 +112,19 @@ def with_cache():
         equal(sorted(cache.marks(2)), list(range(start)),
               "A skipped layer writes nothing into the cache",
               f"{example}, layer 2 skipped: its slots")
+    cache = marked_cache(1)
+    forward([1], {0, 1, 2, 3}, cache)
+    equal(cache.length, 2,
+          "forward moves cache.length on by the rows it was given, whatever is skipped",
+          "cache.length 1, 1 token, all layers skipped: cache.length")
+    calls = []
+    with marked_rope():
+        marked_model(calls).bfloat16()(torch.tensor([[1, 2]]), marked_cache(1, torch.bfloat16))
+    example = "model and cache in bfloat16, cache.length 1, 2 tokens"
+    equal(calls[0].dtype, torch.bfloat16,
+          "The angles are the cache's: they have its dtype", f"{example}: dtype of cos")
+    equal(calls[0].mask_dtype, torch.bfloat16,
+          "A mask has the dtype of the states", f"{example}: dtype of the mask")
 
 
 def continues(call, cache, start: int, rows: int, example: str):
@@ -131,7 +144,7 @@ def continues(call, cache, start: int, rows: int, example: str):
 
 @check(1, "More slots than are filled")
 def wider():
-    for start, rows in ((0, 1), (2, 1), (2, 2)):
+    for start, rows in ((0, 1), (0, 2), (2, 1), (2, 2)):
         cache = marked_cache(start)
         tokens = [1, 2][:rows]
         _, calls = forward(tokens, (), cache, slots=8)
@@ -164,3 +177,7 @@ def logits():
               "embedding is the head",
               f"{'tied' if tied else 'untied'}, a norm that triples, state (1, 2, 8) with "
               "(1, 2, 0 ...) in row 1", ("batch", "row", "token"))
+        close(llama.logits(state[0, 1]), expected[0, 1],
+              "logits takes a state of any number of axes", "state (8,)", ("token",))
+        equal(llama.bfloat16().logits(state.bfloat16()).dtype, torch.bfloat16,
+              "Logits have the dtype of the model", "model and state in bfloat16: dtype")

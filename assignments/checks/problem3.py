@@ -37,8 +37,9 @@ def toy(layers: int, seed: int, tokens: int | None = None):
     weights = noise(layers, 4, 4, seed=seed) * 0.6
     states = [noise(*one, seed=100 + seed)]
 
-    def layer(i: int, rows: Tensor) -> Tensor:
-        return rows + (rows.double() @ weights[i]).tanh().to(rows.dtype)
+    def layer(i, candidates: Tensor) -> Tensor:
+        changes = (candidates.double() @ weights[i]).tanh()
+        return candidates + changes.to(candidates.dtype)
 
     for i in range(layers):
         other = 0.2 * noise(*one, seed=200 + 10 * seed + i)
@@ -62,25 +63,25 @@ def far_out(layer, states: Tensor):
     """A toy with another dimension, in which all are equal and far out: so directions are nearly
     one. A cosine in float32 has no digits left to tell them apart; distances have.
     """
-    def same(i: int, rows: Tensor) -> Tensor:
-        return torch.cat((layer(i, rows[..., :-1]), rows[..., -1:]), dim=-1)
+    def same(i: int, candidates: Tensor) -> Tensor:
+        return torch.cat((layer(i, candidates[..., :-1]), candidates[..., -1:]), dim=-1)
 
     return same, torch.cat((states, torch.full_like(states[..., :1], FAR)), dim=-1).float()
 
 
-def manhattan(rows: Tensor, target: Tensor) -> Tensor:
+def manhattan(candidates: Tensor, state: Tensor) -> Tensor:
     """In ``distances``' place, to tell a mistake there from one in the DP.
 
-    The same for targets of any length. Of several tokens: the mean. Of infinity NaN, as there.
+    The same for states of any length. Of several tokens: the mean. Of infinity NaN, as there.
     """
-    scaled = 3 * target / target.abs().sum(-1, keepdim=True)
-    apart = (rows - scaled).abs().sum(-1).reshape(len(rows), -1).mean(-1)
+    scaled = 3 * state / state.abs().sum(-1, keepdim=True)
+    apart = (candidates - scaled).abs().sum(-1).reshape(len(candidates), -1).mean(-1)
     return apart.masked_fill(apart.isinf(), torch.nan)
 
 
-def of_the_last_token(rows: Tensor, target: Tensor) -> Tensor:
+def of_the_last_token(candidates: Tensor, state: Tensor) -> Tensor:
     """A ``measure`` of states of several tokens, which sees no more than one of them."""
-    return manhattan(rows[:, -1], target[-1])
+    return manhattan(candidates[:, -1], state[-1])
 
 
 def cells(skipped, layers: int, budget: int, *_) -> frozenset:
@@ -112,6 +113,7 @@ class Kind(NamedTuple):
 KINDS = {
     "dp": Kind(3),
     "dp of tokens": Kind(1, TOKENS),
+    "dp of one token": Kind(1, 1),                     # which has an axis of its own
     "dp by another measure": Kind(1, TOKENS, of_the_last_token),
     "dp far out": Kind(1, change=far_out, distance=1 / FAR),
 }
@@ -135,8 +137,8 @@ SMALL = 1e-4                  # times distances, where a cosine would have no di
 @contextlib.contextmanager
 def doubles(times: float = 1.0):
     """distances and walk_back exchanged. times: by which distances are multiplied."""
-    def distances(rows: Tensor, target: Tensor) -> Tensor:
-        return times * manhattan(rows, target).float()
+    def distances(candidates: Tensor, state: Tensor) -> Tensor:
+        return times * manhattan(candidates, state).float()
 
     with mock.patch("dp_skip.distances", distances), mock.patch("dp_skip.walk_back", cells):
         yield
@@ -175,12 +177,12 @@ def selected(select, layer, states: Tensor, budget: int, example: str, *smallest
 def same_sets(name: str, kind: str = "dp"):
     """Every case's choices, with doubles, so that only this function's own mistakes are found.
 
-    Or else its sets as they are: it may do distances' and walk_back's work itself, and right.
+    Or else its sets as they are: it may do distances' and walk_back's work itself, and right. Where
+    it goes by the doubles it goes by smaller distances too.
     """
     try:
-        for times in (1.0, SMALL):
-            with doubles(times), mock.patch("dp_skip.cosines", no_cosines):
-                golden_sets(name, kind, "cells")
+        with doubles(), mock.patch("dp_skip.cosines", no_cosines):
+            golden_sets(name, kind, "cells")
     except Exception as error:
         try:
             golden_sets(name, kind, "skip_sets")
@@ -190,9 +192,12 @@ def same_sets(name: str, kind: str = "dp"):
             raise
         except Exception:
             raise error from None
+    else:
+        with doubles(SMALL), mock.patch("dp_skip.cosines", no_cosines):
+            golden_sets(name, kind, "cells", f", all distances {SMALL:g} times as large")
 
 
-def golden_sets(name: str, kind: str, key: str):
+def golden_sets(name: str, kind: str, key: str, rest: str = ""):
     measure = KINDS[kind].measure
     select = function(name)
     if measure:
@@ -202,6 +207,7 @@ def golden_sets(name: str, kind: str, key: str):
         example = named(layers, budget, seed=seed, kind=KINDS[kind])
         sets, _ = selected(select, *KINDS[kind].toy(layers, seed), budget, example)
         note = ", cells (i, j) that skip their layer" if key == "cells" else ""
+        note += rest
         for m, (chosen, expected) in enumerate(zip(sets, case[key])):
             members = [tuple(e) if isinstance(e, list) else e for e in expected]
             equal(frozenset(chosen), frozenset(members),
@@ -211,9 +217,10 @@ def golden_sets(name: str, kind: str, key: str):
 
 def several_tokens(name: str):
     """States of several tokens, by distances and by another measure."""
-    same_sets(name, "dp of tokens")
+    for kind in ("dp of tokens", "dp of one token"):
+        same_sets(name, kind)
+        same_cosines(name, kind)
     same_sets(name, "dp by another measure")
-    same_cosines(name, "dp of tokens")
     layer, states = consistent_toy(4, 0, TOKENS)
     example = named(4, 2, "consistent_toy", kind=KINDS["dp by another measure"])
     select = partial(function(name), measure=of_the_last_token)
@@ -266,8 +273,8 @@ def largest(select, layer, states: Tensor, budget: int) -> frozenset:
 def ties(name: str):
     select = function(name)
 
-    def unchanged(i, rows):
-        return rows.clone()
+    def unchanged(i, candidates):
+        return candidates.clone()
 
     for layers, budget in ((2, 1), (3, 2)):
         states = torch.ones(layers + 1, 4)
@@ -284,8 +291,8 @@ def overflow(name: str):
     select = function(name)
     _, states = toy(2, 0)
 
-    def broken(i, rows):
-        return rows * torch.nan
+    def broken(i, candidates):
+        return candidates * torch.nan
 
     with doubles():
         got = largest(select, broken, states, 1)
@@ -294,11 +301,11 @@ def overflow(name: str):
               "A candidate that overflowed, so that its distance is NaN, is never chosen over one "
               "that did not", "L = 2, M = 1, layers that return NaN, m = 1")
 
-    def one_overflows(i, rows):
+    def one_overflows(i, candidates):
         """Layer 1 doubles a row, layer 2 makes (0, 1) of it; but of (1, 0) infinity."""
         if i < 2:
-            return 2 * rows
-        first = rows[..., :1]
+            return 2 * candidates
+        first = candidates[..., :1]
         made = torch.cat((0 * first, first), dim=-1) / 2
         return torch.where(first == 1, torch.inf, made)
 
@@ -337,10 +344,10 @@ class Counted:
         self.calls = []
         self.dtypes = set()
 
-    def __call__(self, i: int, rows: Tensor) -> Tensor:
-        self.calls.append((i, tuple(rows.shape)))
-        self.dtypes.add(rows.dtype)
-        return self.layer(i, rows)
+    def __call__(self, i: int, candidates: Tensor) -> Tensor:
+        self.calls.append((i, tuple(candidates.shape)))
+        self.dtypes.add(candidates.dtype)
+        return self.layer(i, candidates)
 
     def in_their_dtype(self, states: Tensor):
         """Some models' layers can take no other."""

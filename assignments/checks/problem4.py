@@ -1,7 +1,7 @@
 """Checks of problem 4: the same DP in L calls, and the layer that its rows go through."""
 import torch
 
-from checks.common import PropertyError, check, close, equal
+from checks.common import PropertyError, check, close, equal, show
 from checks.doubles import marked_cache, marked_model, stands_at
 from checks.problem3 import (
     Counted,
@@ -92,7 +92,7 @@ def cells_needed(layers: int, budget: int, least: int) -> int:
 # ---------------------------------------------------------------------------- candidate_layer
 
 CASES = ((1, 1, 1), (3, 1, 1), (1, 2, 2), (3, 2, 2), (3, 3, 2))    # see ``candidates``
-OF_TOKENS = ((2, 1, 1, 2), (5, 2, 2, 2), (5, 3, 2, 3))             # the same, and the tokens
+OF_TOKENS = ((2, 1, 1, 2), (5, 2, 2, 2), (5, 3, 2, 3), (3, 2, 2, 1))       # the same, and T
 
 
 def candidates(length: int, count: int, given: int, tokens: int | None = None, layers=(1,)):
@@ -143,8 +143,7 @@ def sees():
             equal(got, [*map(float, range(length - 1)), its_mark],
                   "A candidate sees the true keys and values of the positions before p, not those "
                   "at p, and its own", example)
-    equal(dtype_of_mask(3, 2, torch.bfloat16), torch.bfloat16,
-          "The mask has the dtype of the cache", "model and cache in bfloat16: dtype of the mask")
+    keeps_dtype()
 
 
 @check(3, "The cache's valid part")
@@ -159,19 +158,27 @@ def valid_part():
                 equal(cache.marks(i)[slot], float(slot),
                       "The DP must not overwrite the true keys and values: candidates write behind "
                       "the valid slots", f"{example}: mark in slot {slot} of layer {i}")
+            equal(set(cache.ends), {length + given},
+                  "A candidate reads the valid slots and those of the candidates given, no more",
+                  f"{example}: slots read")
             behind = sorted(cache.marks(i))[length:]
             equal(behind, list(range(length, length + given)),
                   "Candidates use the slots from cache.length on, one each",
                   f"{example}: slots written behind the valid ones, in layer {i}")
 
 
-def dtype_of_mask(length: int, given: int, dtype):
-    """Of the mask of ``given`` candidates, where model and cache are in a dtype."""
-    calls = []
-    with torch.no_grad():
-        layer = marked_model(calls).to(dtype).candidate_layer(marked_cache(length, dtype), given)
-        layer(1, torch.full((given, 8), 100, dtype=dtype))
-    return calls[0].mask_dtype
+def keeps_dtype():
+    for shape in ((2, 8), (2, 2, 8)):
+        calls = []
+        cache = marked_cache(3, torch.bfloat16)
+        layer = marked_model(calls).bfloat16().candidate_layer(cache, *shape[:-1])
+        layer(1, torch.full(shape, 100.0, dtype=torch.bfloat16))
+        example = f"model, cache and candidates {shape} in bfloat16"
+        for what, dtype in (
+            ("x", calls[0].x.dtype), ("cos", calls[0].dtype), ("the mask", calls[0].mask_dtype),
+        ):
+            equal(dtype, torch.bfloat16,
+                  "What a layer is given has the dtype of the cache", f"{example}: dtype of {what}")
 
 
 @check(2, "The candidates' position")
@@ -183,8 +190,14 @@ def position():
                   "p = cache.length - 1, wherever their slots are", case(length, given))
 
 
-@check(1, "Candidates of several tokens")
+@check(1, "Candidates of several tokens, and none at all")
 def candidates_of_tokens():
+    for tokens in (1, 2):
+        layer = marked_model([]).candidate_layer(marked_cache(5), 0, tokens)
+        if not callable(layer):
+            raise PropertyError(
+                "candidate_layer returns a function layer(i, candidates)",
+                f"no candidates, as M = 0 has it, of {tokens} tokens: got {show(layer)}")
     for length, count, given, tokens in OF_TOKENS:
         calls, cache = candidates(length, count, given, tokens)
         example = case(length, given, tokens)

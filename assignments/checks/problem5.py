@@ -233,25 +233,26 @@ def dice():
         accepted, token = parts(got, "accept_sampled", NAMES, example)
         is_int(accepted, "The number accepted", example)
         is_int(token, "The next token", example)
-    first = twenty_draws(global_seed=1)
-    second = twenty_draws(global_seed=2)
-    for i, (a, b) in enumerate(zip(first, second)):
-        equal(b, a,
-              "All chance comes from rng, so that a seed gives the same text again",
-              "the same rng twice and another torch.manual_seed, drafted [0, 0], "
-              f"call {i}: (accepted, token)")
+    for drafted in ([0, 0], []):
+        first = twenty_draws(drafted, global_seed=1)
+        second = twenty_draws(drafted, global_seed=2)
+        for i, (a, b) in enumerate(zip(first, second)):
+            equal(b, a,
+                  "All chance comes from rng, so that a seed gives the same text again",
+                  f"the same rng twice and another torch.manual_seed, drafted {drafted}, "
+                  f"call {i}: (accepted, token)")
 
 
-def twenty_draws(global_seed: int) -> list[tuple[int, int]]:
+def twenty_draws(drafted: list[int], global_seed: int) -> list[tuple[int, int]]:
     """From a generator that starts the same each time."""
     from speculative import accept_sampled
     torch.manual_seed(global_seed)
     rng = torch.Generator().manual_seed(0)
-    p = torch.full((3, 8), 1 / 8)
-    q = [torch.tensor([0.5] + [1 / 14] * 7)] * 2
+    p = torch.full((len(drafted) + 1, 8), 1 / 8)
+    q = [torch.tensor([0.5] + [1 / 14] * 7)] * len(drafted)
     outcomes = []
     for _ in range(20):
-        got = accept_sampled([0, 0], q, p, rng)
-        accepted, token = parts(got, "accept_sampled", NAMES, "drafted [0, 0]")
+        got = accept_sampled(list(drafted), q, p, rng)
+        accepted, token = parts(got, "accept_sampled", NAMES, f"drafted {drafted}")
         outcomes.append((int(accepted), int(token)))
     return outcomes

@@ -163,10 +163,16 @@ def exits():
     close(torch.tensor(asked[:1]), sure[:1],
           "The confidence is the top probability, not that of the token drawn",
           f"top probability {sure[0]:.4f}, an unlikely token drawn: what go_on was asked", (None,))
-    asked = run_draft(tokens, skip, 2, threshold=0.0, temperature=3.0).asked
-    close(torch.tensor(asked[:1]), sure[:1],
-          "The confidence is the top probability before temperature",
-          f"temperature 3, top probability without it {sure[0]:.4f}: what go_on was asked", (None,))
+    for sampling in ({"temperature": 3.0}, {"temperature": 1.0, "top_p": 0.5}):
+        asked = run_draft(tokens, skip, 2, threshold=0.0, **sampling).asked
+        close(torch.tensor(asked[:1]), sure[:1],
+              "The confidence is the top probability before temperature and top-p",
+              f"{show(sampling)}, top probability without {sure[0]:.4f}: what go_on was asked",
+              (None,))
+    ran = run_draft(tokens, skip, 1, stop={tokens[-1]})
+    equal(ran.tokens, drafted[:1],
+          "A pending token in text.stop, as a prompt's last may be, ends nothing",
+          f"pending token {tokens[-1]}, stop {{{tokens[-1]}}}: tokens")
     end = drafted.index(drafted[1]) + 1
     for threshold, given in ((None, "no go_on"), (0.0, "a go_on that is always true")):
         ran = run_draft(tokens, skip, 4, threshold=threshold, stop={drafted[1]})
@@ -186,7 +192,7 @@ def ask(length: int, left: int, *, extra: int = 0, moves=True, behind: int = 0, 
     import speculative
     text = text_of([i % VOCABULARY for i in range(length + 1)], left, **settings)
     text.cache.length += behind
-    seen = SimpleNamespace(most=0, draft=None, text=text)
+    seen = SimpleNamespace(most=None, draft=None, text=text)
 
     class Greedy(speculative.Drafter):
         def propose(self, text, most):
@@ -206,13 +212,17 @@ def room():
     for length, left in ((0, 1), (3, 2), (3, 9)):
         seen = ask(length, left)
         example = f"{length} tokens in the cache, {left} still to write"
+        if seen.most is None:
+            raise PropertyError(
+                "The drafter is asked in every cycle, also where there is room for no draft: it "
+                "may count on that", f"{example}: not asked")
         equal(seen.most, left - 1,
               "A draft is at most one token shorter than what is left to write, since the verifier "
               "adds one of its own", f"{example}: most")
         equal(seen.text.cache.length, length,
               "After a draft the cache is as before: what the draft left there is scratch",
               f"{example}: cache.length")
-        if seen.draft is not None and seen.got != seen.draft:
+        if seen.got != seen.draft:
             raise PropertyError("checked_draft returns the drafter's draft as it is", example)
     for length, left, width in ((3, 9, 2), (3, 9, 5), (0, 9, 1), (3, 2, 8), (0, 1, 8)):
         equal(ask(length, left, width=width).most, min(left, width) - 1,
@@ -222,11 +232,13 @@ def room():
     equal(ask(3, 9, width=5, narrowest=1).most, 4,
           "With a width the pending token and the draft fill one pass at most",
           "3 tokens in the cache, 9 still to write, width 5, narrowest 1: most")
-    for moves, behind, drafter in (
-        (False, 0, "leaves cache.length alone"),
-        (True, 2, "had moved cache.length by 2 before it was asked"),
+    for moves, behind, extra, drafter in (
+        (False, 0, 0, "leaves cache.length alone"),
+        (True, 2, 0, "had moved cache.length by 2 before it was asked"),
+        (False, 2, -8, "had moved cache.length by 2 before it was asked, and drafts nothing"),
     ):
-        equal(ask(3, 9, moves=moves, behind=behind).text.cache.length, 3,
+        seen = ask(3, 9, moves=moves, behind=behind, extra=extra)
+        equal(seen.text.cache.length, 3,
               "After a draft the cache holds all tokens but the pending one, whatever the drafter "
               "did with it",
               f"3 tokens in the cache, a drafter that {drafter}: cache.length")
@@ -238,6 +250,9 @@ def room():
                   "With a width a cycle's tokens, from the pending one's slot on, lie in one block "
                   "of BLOCK slots",
                   f"BLOCK = 8, {length} tokens in the cache, 20 still to write, width 12: most")
+            equal(ask(length, 20).most, 19,
+                  "Without a width a cycle's tokens may lie in several blocks",
+                  f"BLOCK = 8, {length} tokens in the cache, 20 still to write: most")
     try:
         ask(3, 4, extra=1)
     except ValueError:
@@ -269,6 +284,7 @@ class Played:
     expected: list = field(default_factory=list)       # the text that follows from the script
     observed: list = field(default_factory=list)       # what observe was given, and when
     passes: list = field(default_factory=list)         # of the model
+    refused: bool = False                              # by a ModelError
     prefills: int = 0                                  # so many of these are the prefill's
     seconds: float = 0.0                               # by the clock that the doubles move on
     text: object = None                                # as the drafter sees it
@@ -365,7 +381,7 @@ def play(
     count: int,
     script: list[int],
     *,
-    broken: tuple[int, int] | None = None,
+    broken: tuple[int, int, float] | None = None,
     known: int | None = 0,
     k: int = K,
     dtype=torch.float32,
@@ -373,11 +389,13 @@ def play(
 ) -> Played:
     """The student's decode with a scripted drafter.
 
-    script: how many tokens of each draft are accepted; 0 from its end on. broken: a cycle, and the
-    row of its verify pass whose logits are NaN. known: tokens of the prompt that the cache given
-    holds; None: no cache is given. k: tokens that are drafted. dtype: of the model's states.
+    script: how many tokens of each draft are accepted; 0 from its end on. broken: a cycle, the row
+    of its verify pass whose logits are no numbers, and what they are. known: tokens of the prompt
+    that the cache given holds; None: no cache is given. k: tokens that are drafted. dtype: of the
+    model's states.
     """
     import speculative
+    from model import ModelError
     chance = random.Random(1)
     played = Played(stats=speculative.Stats())
     llama = token_model()
@@ -388,29 +406,38 @@ def play(
         settings["cache"] = cache_of(llama, prompt[:known])
     played.prefills = int(len(prompt) - (known or 0) > 1)
     if broken is not None:
-        cycle, row = broken
-        llama.broken = played.prefills + cycle, row
+        cycle, *broken_row = broken
+        llama.broken = played.prefills + cycle, *broken_row
     with scripted(played, count, script, chance):
         tokens = speculative.decode(
             llama, list(prompt), count, drafter, stats=played.stats, **settings)
-        for token in tokens:
-            played.tokens.append(int(token))
-            played.seconds += CALLER_TAKES
-            if played.text is None:
-                raise PropertyError(
-                    "begin is called once, before the first draft",
-                    f"{told(prompt, count, script)}: not called before the first token")
-            played.lengths.append(played.text.cache.length)
-            stats = played.stats
-            played.counts.append((stats.cycles, stats.drafted, stats.accepted,
-                                  len(stats.tokens), len(stats.sources)))
-            if len(played.tokens) > count + 5:
-                break
+        try:
+            read(tokens, played, count + 5, told(prompt, count, script))
+        except ModelError:
+            if broken is None:
+                raise
+            played.refused = True
+            return played
     equal(len(played.drafts), len(played.judged),
           "Every cycle asks the drafter for a draft and has it judged, by accept_greedy or, with a "
           "temperature above 0, by accept_sampled",
           f"{told(prompt, count, script)}: drafts and those judged")
     return played
+
+
+def read(tokens, played: Played, most: int, example: str):
+    """Take the tokens as a caller does, and note how things are at each."""
+    for token in itertools.islice(tokens, most):
+        played.tokens.append(int(token))
+        played.seconds += CALLER_TAKES
+        if played.text is None:
+            raise PropertyError(
+                "begin is called once, before the first draft",
+                f"{example}: not called before the first token")
+        played.lengths.append(played.text.cache.length)
+        stats = played.stats
+        played.counts.append((stats.cycles, stats.drafted, stats.accepted,
+                              len(stats.tokens), len(stats.sources)))
 
 
 def told(prompt, count: int, script) -> str:
@@ -458,22 +485,28 @@ def written():
 
 
 def overflows():
-    """NaN in the logits: refused where they decide what is written, and nowhere else."""
-    from model import ModelError
-    for script, broken, is_refused in (
-        ([1], (0, 0), True), ([1], (0, 1), True), ([1], (0, 2), False),
-        ([0, 0, 1], (1, 1), False), ([0, 0, 1], (2, 1), True), ([3], (0, 1), True),
-    ):
-        raised = False
-        try:
-            play([1, 2, 3], 9, script, broken=broken)
-        except ModelError:
-            raised = True
-        equal(raised, is_refused,
+    """NaN or infinity in the logits: refused where they decide what is written, and only there.
+
+    Before any token of that cycle goes out.
+    """
+    cases = (                 # script, new tokens, (cycle, row), refused
+        ([1], 9, (0, 0), True), ([1], 9, (0, 1), True), ([1], 9, (0, 2), False),
+        ([0, 0, 1], 9, (1, 1), False), ([0, 0, 1], 9, (2, 1), True), ([3], 9, (0, 1), True),
+        ([], 1, (0, 0), True),
+    )
+    for (script, count, broken, is_refused), number in itertools.product(
+            cases, (torch.nan, torch.inf)):
+        cycle, row = broken
+        played = play([1, 2, 3], count, script, broken=(cycle, row, number))
+        example = (f"{told([1, 2, 3], count, script)}, {number} in row {row} of the verify pass of "
+                   f"cycle {cycle}")
+        equal(played.refused, is_refused,
               "Logits that are NaN or infinite are a ModelError (require_finite) in the pending "
               "token's row and those of accepted tokens, and do not matter in those of rejected "
-              "ones", f"accepted by cycle {script}, NaN in row {broken[1]} of the verify pass of "
-              f"cycle {broken[0]}: refused")
+              "ones", f"{example}: refused")
+        if is_refused:
+            equal(len(played.tokens), sum(accepted + 1 for accepted in script[:cycle]),
+                  "Nothing that such logits decided is written", f"{example}: tokens written")
 
 
 @check(2, "The loop: verify and roll back")
@@ -523,7 +556,12 @@ def drafter_is_told():
                   "text's last", f"{example}: new tokens before each call")
             for cycle, one in enumerate(played.observed):
                 observes(one, cycle, played, list(prompt), f"{example}, cycle {cycle}")
-    for one in play([1, 2, 3], 9, [1, 0, 2], dtype=torch.bfloat16).observed:
+    script = [1, 0, 2]
+    padded = play([1, 2, 3], 9, script, width=K + 3)
+    for cycle, one in enumerate(padded.observed):
+        observes(one, cycle, padded, [1, 2, 3],
+                 f"{told([1, 2, 3], 9, script)}, width {K + 3}, cycle {cycle}")
+    for one in play([1, 2, 3], 9, script, dtype=torch.bfloat16).observed:
         equal(one.outcome.hidden.dtype, torch.bfloat16,
               "A drafter is given the states in the model's own dtype",
               "states in bfloat16: dtype of an Outcome's hidden")
@@ -730,6 +768,7 @@ def counts(played: Played) -> list[tuple[int, ...]]:
 M = 2                         # layers that the drafter is to skip
 ACCEPTED = (0, 1, 2, 0, 1, 0, 2, 1)                    # drafted tokens, by cycle
 CYCLES = len(ACCEPTED)
+NO_ROOM = 6                   # the cycle in which there is none for a draft
 
 
 @contextlib.contextmanager
@@ -767,8 +806,8 @@ def noted():
         return selection
 
     def draft_by_skipping(text, skip, most, go_on=None):
-        seen.drafts.append(SimpleNamespace(skip=skip, most=most, go_on=go_on))
-        return seen.draft
+        seen.drafts.append(SimpleNamespace(text=text, skip=skip, most=most, go_on=go_on))
+        return seen.draft if most else speculative.NO_DRAFT
 
     with contextlib.ExitStack() as stack:
         for double in (select_layers, optimize, draft_by_skipping):
@@ -785,12 +824,17 @@ def drafted():
     with noted() as seen:
         for most, length, expected in ((9, 3, 3), (2, 3, 2), (3, 3, 3), (9, 1, 1)):
             drafter = speculative.FixedSet(frozenset({1, 2}), length, 0.5)
-            got = drafter.propose(text_of([1, 2]), most)
+            text = text_of([1, 2])
+            got = drafter.propose(text, most)
             example = f"skip {{1, 2}}, K = {length}, room for {most}"
             if got is not seen.draft:
                 raise PropertyError(
                     "SkippingDrafter.propose returns what draft_by_skipping does", example)
             one = seen.drafts[-1]
+            if one.text is not text:
+                raise PropertyError(
+                    "draft_by_skipping is given the text itself",
+                    f"{example}: got a {type(one.text).__name__}")
             equal(one.skip, frozenset({1, 2}),
                   "The draft leaves out the drafter's set", f"{example}: skip")
             equal(one.most, expected,
@@ -825,7 +869,7 @@ def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
     """Begin a text and go through some cycles, as the loop would. See ``ACCEPTED`` and ``marks``.
 
     ``due``: cycles before each run of the DP. ``skips``: what each draft left out, None where there
-    was none.
+    was none; but for the cycle ``NO_ROOM``.
     """
     import speculative
     seen.runs.clear()
@@ -835,14 +879,14 @@ def live(drafter, text, states: Tensor | None, seen) -> SimpleNamespace:
     happened.due += [0] * len(seen.runs)
     for cycle in range(1, CYCLES + 1):
         drafts = len(seen.drafts)
-        drafter.propose(text, 9)
+        draft = drafter.propose(text, 0 if cycle == NO_ROOM else 9)
         proposed = len(seen.drafts) > drafts
-        happened.skips.append(seen.drafts[-1].skip if proposed else None)
+        if cycle != NO_ROOM:
+            happened.skips.append(seen.drafts[-1].skip if proposed else None)
         told = marked_states(*marks(cycle))
         text.stats.cycles += 1
         text.stats.tokens += [0] * len(marks(cycle))
         runs = len(seen.runs)
-        draft = seen.draft if proposed else speculative.Draft([], [])
         drafter.observe(text, speculative.Outcome(draft, ACCEPTED[cycle - 1], told, {}))
         happened.due += [cycle] * (len(seen.runs) - runs)
     return happened
@@ -940,9 +984,10 @@ def on_what():
             sets = [
                 frozenset((n + i) % LAYERS for i in range(budget)) for n in range(len(cycles))]
             expected = []
-            for cycle in range(CYCLES):
-                so_far = sum(1 for run in cycles if run <= cycle)
-                expected.append(sets[so_far - 1] if so_far else None)
+            for before in range(CYCLES):
+                so_far = sum(1 for run in cycles if run <= before)
+                if before + 1 != NO_ROOM:
+                    expected.append(sets[so_far - 1] if so_far else None)
             equal([show(skip) for skip in happened.skips], [show(skip) for skip in expected],
                   "A draft leaves out the set that the last run of the DP chose for budget M",
                   f"{example}, a DP whose n-th run chooses layers n, n+1 ...: skip set by cycle")

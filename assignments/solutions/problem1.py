@@ -246,6 +246,17 @@ attention_block.mistake(
     "a single row's mask forgotten",
     ("self.attend(q, k, v, mask)", "self.attend(q, k, v, mask if x.shape[1] > 1 else None)"))
 attention_block.mistake(
+    "its result in float32",
+    ("return x + self.o(seen)", "return x.float() + self.o(seen)"))
+attention_block.mistake(
+    "rotated in float32, and left so",
+    ("q = model.rotate(q, cos, sin)", "q = model.rotate(q.float(), cos.float(), sin.float())"),
+    ("k = model.rotate(k, cos, sin)", "k = model.rotate(k.float(), cos.float(), sin.float())"),
+    ("self.o(seen)", "self.o(seen.to(x.dtype))"))
+attention_block.mistake(
+    "by attention, whatever self.attend is",
+    ("self.attend(q, k, v, mask)", "model.attention(q, k, v, mask)"))
+attention_block.mistake(
     "keys cached before rotation",
     ("k = model.rotate(k, cos, sin)", "unturned = k\n    k = model.rotate(k, cos, sin)"),
     ("store(k, v)", "store(unturned, v)"))

@@ -67,6 +67,21 @@ forward.mistake(
     "angles in float32, whatever the states are in",
     ("rows, x.device, x.dtype)", "rows)"))
 forward.mistake(
+    "angles in float32 beside a cache",
+    ("cache.cos[start:start + rows]", "cache.cos[start:start + rows].float()"),
+    ("cache.sin[start:start + rows]", "cache.sin[start:start + rows].float()"))
+forward.mistake(
+    "a mask in float32",
+    ("model.causal_mask(start, rows, end, x)", "model.causal_mask(start, rows, end, x.float())"))
+forward.mistake(
+    "no mask from slot 0 on, however many slots are read",
+    ("model.causal_mask(start, rows, end, x)",
+     "model.causal_mask(start, rows, end, x) if start or rows == 1 else None"))
+forward.mistake(
+    "cache.length not moved where all layers are skipped",
+    ("    if cache:\n        cache.length = start + rows\n",
+     "    if cache and len(skip) < len(self.layers):\n        cache.length = start + rows\n"))
+forward.mistake(
     "a row does not see itself",
     ("causal_mask(start,", "causal_mask(start - 1,"))
 forward.mistake(
@@ -129,6 +144,12 @@ def logits(self, state):
 logits.mistake(
     "no final norm",
     ("self.norm(state)", "state"))
+logits.mistake(
+    "in float32",
+    ("state = self.norm(state)", "state = self.norm(state).float()"))
+logits.mistake(
+    "of three axes only",
+    ("state @ matrix.weight.T", "torch.einsum('brh,vh->brv', state, matrix.weight)"))
 logits.mistake(
     "tied head forgotten",
     ("self.embed if self.head is None else self.head", "self.head"))

@@ -125,6 +125,13 @@ def select_layers_plain(layer, states, budget, measure=None):
 
 
 select_layers_plain.mistake(
+    "a hundred-thousandth taken for a tie",
+    ("not a <= b", "not a <= b + 1e-5"))
+select_layers_plain.mistake(
+    "cosines with the state after the last budget",
+    ("dp_skip.cosines(finals, states[-1])",
+     "dp_skip.cosines(finals, states[min(layers, budget + 1)])"))
+select_layers_plain.mistake(
     "states in float32",
     ("    column = {0", "    states = states.float()\n    column = {0"))
 select_layers_plain.mistake(

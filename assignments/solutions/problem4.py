@@ -67,6 +67,16 @@ select_layers.mistake(
     "all candidates left out where one overflowed",
     ("not a <= b", "not (a <= b and ran.isfinite().all())"))
 select_layers.mistake(
+    "the axis of a single token squeezed away",
+    ("pair[int(choice[i, j])]", "pair[int(choice[i, j])].squeeze()"))
+select_layers.mistake(
+    "a hundred-thousandth taken for a tie",
+    ("not a <= b", "not a <= b + 1e-5"))
+select_layers.mistake(
+    "cosines with the last state that was computed",
+    ("dp_skip.cosines(finals, states[-1])",
+     "dp_skip.cosines(finals, states[min(layers, budget + 1)])"))
+select_layers.mistake(
     "another measure ignored",
     ("measure(pair", "dp_skip.distances(pair"))
 select_layers.mistake(
@@ -135,6 +145,20 @@ def candidate_layer(self, cache, count, tokens=1):
 candidate_layer.mistake(
     "a mask in float32",
     (", dtype=cache.slots.dtype", ""))
+candidate_layer.mistake(
+    "candidates in float32",
+    ("rows = candidates.reshape", "rows = candidates.float().reshape"))
+candidate_layer.mistake(
+    "the axis of a single token forgotten",
+    ("candidates.reshape(-1, candidates.shape[-1])",
+     "candidates if tokens == 1 else candidates.reshape(-1, candidates.shape[-1])"))
+candidate_layer.mistake(
+    "no candidates not thought of",
+    ("    first = n  ", "    torch.stack([cache.cos[n - 1]] * count)\n    first = n  "))
+candidate_layer.mistake(
+    "the slots of all announced rows read",
+    ("height, first + m)", "height, first + count * tokens)"),
+    ("cache.put(i, first, first + m, k, v)", "cache.put(i, first, first + count * tokens, k, v)"))
 candidate_layer.mistake(
     "values cached as keys",
     ("cache.put(i, first, first + m, k, v)", "cache.put(i, first, first + m, v, k)"))

@@ -108,6 +108,9 @@ accept_sampled.mistake(
     "random numbers of its own",
     ("accepted = 0\n", "accepted = 0\n    rng = None\n"))
 accept_sampled.mistake(
+    "random numbers of its own where nothing is drafted",
+    ("accepted = 0\n", "accepted = 0\n    rng = rng if drafted else None\n"))
+accept_sampled.mistake(
     "greedy token in place of the rejected one",
     ("draw(left)", "int(p[i].argmax())"))
 accept_sampled.mistake(

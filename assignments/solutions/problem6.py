@@ -88,6 +88,13 @@ draft_by_skipping.mistake(
     "confidence after temperature",
     ("logits.softmax(-1)", "(logits / (text.temperature or 1)).softmax(-1)"))
 draft_by_skipping.mistake(
+    "confidence after top-p",
+    ("chances = logits.softmax(-1)",
+     "chances = speculative.distribution(logits[None], 1.0, text.top_p)[0]"))
+draft_by_skipping.mistake(
+    "nothing drafted after a prompt that ends in stop",
+    ("for _ in range(most):", "for _ in range(0 if fed in text.stop else most):"))
+draft_by_skipping.mistake(
     "confidence by what the token was drawn from",
     ("logits.softmax(-1)", "logits.softmax(-1) if q is None else q"))
 draft_by_skipping.mistake(
@@ -134,6 +141,20 @@ def checked_draft(drafter, text):
 checked_draft.mistake(
     "not rolled back",
     ("text.cache.length = len(text.tokens) - 1", "pass"))
+checked_draft.mistake(
+    "not rolled back where nothing is drafted",
+    ("    text.cache.length =",
+     "    if not draft.tokens:\n        return draft\n    text.cache.length ="))
+checked_draft.mistake(
+    "in one block without a width too",
+    ("        behind = (n // speculative.BLOCK + 1) * speculative.BLOCK - n\n"
+     "        limits.append(behind - 1)\n",
+     "    behind = (n // speculative.BLOCK + 1) * speculative.BLOCK - n\n"
+     "    limits.append(behind - 1)\n"))
+checked_draft.mistake(
+    "nobody asked where there is no room",
+    ("    draft = drafter.propose",
+     "    if most <= 0:\n        return speculative.NO_DRAFT\n    draft = drafter.propose"))
 checked_draft.mistake(
     "put back to what was found",
     ("text.cache.length = len(text.tokens) - 1", "text.cache.length = n"))
@@ -234,6 +255,20 @@ decode.mistake(
             with text.timed("optimize"):
                 drafter.observe(text, outcome)         # noqa: F821
 """))
+decode.mistake(
+    "states of padding taken for those of tokens",
+    ("kept = slice(0, accepted + 1)",
+     "kept = slice(0, states[0].shape[1] - len(draft.tokens) + accepted)"))
+decode.mistake(
+    "logits looked at after their tokens went out",
+    ("            speculative.require_finite(logits[:checked])\n", ""),
+    ("            if text.is_finished:\n                break\n",
+     "            if text.is_finished:\n                break\n"
+     "        speculative.require_finite(logits[:accepted + 1])\n"))
+decode.mistake(
+    "infinite logits let through",
+    ("speculative.require_finite(logits[:checked])",
+     "speculative.require_finite(logits[:checked].clamp(-1e9, 1e9))"))
 decode.mistake(
     "states in float32",
     ("state[:, kept] for", "state[:, kept].float() for"))
@@ -443,6 +478,9 @@ skipping_propose.mistake(
     ("        return speculative.Draft([], [])",
      "        return speculative.draft_by_skipping(text, (), length)"))
 skipping_propose.mistake(
+    "the model handed on in place of the text",
+    ("speculative.draft_by_skipping(text,", "speculative.draft_by_skipping(text.model,"))
+skipping_propose.mistake(
     "nothing drafted by an empty set",
     ("self.skip is None", "not self.skip"))
 skipping_propose.mistake(
@@ -502,6 +540,10 @@ def observe(self, text, outcome):
 observe.mistake(
     "states in float32",
     ("[outcome.hidden]", "[outcome.hidden.float()]"))
+observe.mistake(
+    "no DP after a cycle without a draft",
+    ("if due or self.skip is None:",
+     "if (due and outcome.draft.tokens) or self.skip is None:"))
 observe.mistake(
     "states kept only where something was accepted",
     ("    self.recent += [outcome.hidden]\n",
