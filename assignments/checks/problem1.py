@@ -136,13 +136,13 @@ def rotate():
           "A rotation keeps each row's length", "x (2, 3, 2, 4), lengths", axes)
     close(turn(*random_rotation()), golden()["rotated"],
           "rotate turns (a, b) by t to (a cos t - b sin t, b cos t + a sin t)",
-          "random x (1, 2, 3, 4) and angles", axes)
+          "random x (1, 2, 3, 6) and angles", axes)
 
 
 def random_rotation():
-    angles = random(3, 2, seed=13).repeat(1, 2)
-    sin = angles.sin() * torch.tensor([-1.0, -1.0, 1.0, 1.0])
-    return random(1, 2, 3, 4, seed=14), angles.cos(), sin
+    angles = random(3, 3, seed=13).repeat(1, 2)
+    sin = angles.sin() * torch.tensor([-1.0] * 3 + [1.0] * 3)
+    return random(1, 2, 3, 6, seed=14), angles.cos(), sin
 
 
 # ---------------------------------------------------------------------------- the cache
@@ -257,12 +257,13 @@ def attends():
     close(attention(column(100.0), column(-2.0, 0.0), column(1.0, 3.0), mask[:1, :2]).flatten(),
           [1.0], "A masked slot counts nothing, however much larger its score is than the others",
           "query 100, keys -2 and 0, values 1 and 3, the second masked", ("row",))
-    narrow = [one.bfloat16() for one in random_attention()]
-    equal(attention(*narrow).dtype, torch.bfloat16,
-          "Attention keeps the dtype of q", "q, k, v and mask in bfloat16: dtype")
-    rows = column(1.0, 2.0, 3.0).bfloat16()
-    equal(attention(rows, rows, rows, None).dtype, torch.bfloat16,
-          "Attention keeps the dtype of q", "mask None, 3 rows, q, k and v in bfloat16: dtype")
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = [one.to(dtype) for one in random_attention()]
+        equal(attention(*narrow).dtype, dtype,
+              "Attention keeps the dtype of q", f"q, k, v and mask in {dtype}: dtype")
+        rows = column(1.0, 2.0, 3.0).to(dtype)
+        equal(attention(rows, rows, rows, None).dtype, dtype,
+              "Attention keeps the dtype of q", f"mask None, 3 rows, q, k and v in {dtype}: dtype")
 
     close(attention(*random_attention()), golden()["attended"],
           "Attention is softmax(q k^T / sqrt(head_dim) + mask) v",

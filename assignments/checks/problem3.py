@@ -364,6 +364,7 @@ DIRECTIONS = [                # sentence, row, its distance from (1, 0, 0)
     ("Opposite directions are at distance 2", [-1.0, 0.0, 0.0], 2.0),
     ("The distance of two directions is |u - v| of their unit vectors", [0.0, 5.0, 0.0], 1.414214),
     ("The distance of two directions is |u - v| of their unit vectors", [3.0, 4.0, 0.0], 0.894427),
+    ("A row's length plays no part, however short it is", [0.03, 0.04, 0.0], 0.894427),
 ]
 OF_TOKENS = [                 # candidates (m, T, dim), the state (T, dim), their distances
     ([[[2.0, 0.0], [0.0, 1.0]], [[-1.0, 0.0], [0.0, -3.0]]], [[1.0, 0.0], [0.0, -1.0]],
@@ -381,8 +382,10 @@ def distances():
     for sentence, row, expected in DIRECTIONS:
         got = distance(torch.tensor([row]), target)
         close(got, [expected], sentence, f"rows {[row]}, target {show(target)}", ("row",))
-    close(distance(torch.tensor([[0.0, 5.0, 0.0]]), 3 * target), [1.414214],
-          "The true state may have any length too", "rows (0, 5, 0), target (3, 0, 0)", ("row",))
+    for length in (3, 0.03):
+        close(distance(torch.tensor([[0.0, 5.0, 0.0]]), length * target), [1.414214],
+              "The true state may have any length too",
+              f"rows (0, 5, 0), target ({length}, 0, 0)", ("row",))
     got = distance(torch.ones(1, 3, dtype=torch.bfloat16), target.bfloat16())
     equal(got.dtype, torch.float32,
           "Distances are computed in float32", "rows in bfloat16, dtype")

@@ -75,6 +75,22 @@ def prefix():
         equal(tuple(got), expected,
               "Of equal logits the first counts, as argmax has it and plain decoding writes",
               f"{example}: {NAMES}")
+    ties_among_many()
+
+
+def ties_among_many(size: int = 1000):
+    """Some ways to sort have equals in any order, but only among many."""
+    from speculative import accept_greedy
+    for case in range(8):
+        draws = random(4, seed=38 + case).mul(1e4).int().abs() % size
+        largest = sorted(draws.tolist())
+        logits = random(2, size, seed=46 + case)
+        logits[:, largest] = 9.0
+        got = accept_greedy(largest[:1], logits)
+        equal(tuple(got), (1, largest[0]),
+              "Of equal logits the first counts, as argmax has it and plain decoding writes",
+              f"drafted {largest[:1]}, 2 rows of {size} logits, the largest those of tokens "
+              f"{show(largest)}: {NAMES}")
 
 
 @check(2, "Greedy: the token after it")

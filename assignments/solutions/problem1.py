@@ -103,6 +103,9 @@ rotate.mistake(
     ("torch.cat((second, first), dim=-1)",
      "torch.stack((x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)"))
 rotate.mistake(
+    "rolled by two, whatever head_dim is",
+    ("torch.cat((second, first), dim=-1)", "x.roll(2, dims=-1)"))
+rotate.mistake(
     "halves not swapped",
     ("(second, first)", "(first, second)"))
 rotate.mistake(
@@ -181,6 +184,9 @@ attention.mistake(
 attention.mistake(
     "a mask that is no more than large",
     ("scores = scores + mask", "scores = scores.masked_fill(mask < 0, -100.0)"))
+attention.mistake(
+    "a number that float16 has not, for what is not seen",
+    ("(later, -math.inf)", "(later, -1e9)"))
 attention.mistake(
     "a causal mask in float32",
     ("scores = scores.masked_fill(later, -math.inf)",

@@ -44,6 +44,14 @@ distances.mistake(
     ("return square.mean(-1).sqrt().float()",
      "return (1 - rows / length @ target).float()"))
 distances.mistake(
+    "short rows not made longer",
+    ("length = rows.norm(dim=-1, keepdim=True)",
+     "length = rows.norm(dim=-1, keepdim=True).clamp(min=1)"))
+distances.mistake(
+    "short true states not made longer",
+    ("target / target.norm(dim=-1, keepdim=True)",
+     "target / target.norm(dim=-1, keepdim=True).clamp(min=1)"))
+distances.mistake(
     "lengths not divided out",
     ("rows / length", "rows"))
 distances.mistake(

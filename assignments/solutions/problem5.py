@@ -19,6 +19,9 @@ accept_greedy.mistake(
     "of equal logits the last",
     ("int(row.argmax())", "len(row) - 1 - int(row.flip(0).argmax())"))
 accept_greedy.mistake(
+    "of equal logits whichever a sort has first",
+    ("int(row.argmax())", "int(row.argsort(descending=True)[0])"))
+accept_greedy.mistake(
     "a drafted token that ties accepted",
     ("[a == b for a, b in zip(drafted, choices)]",
      "[bool(row[a] == row.max()) for a, row in zip(drafted, logits)]"))
