@@ -79,6 +79,8 @@ class Conversation:
         Raises UnanswerableError if the context or the memory has no room for an answer, the
         template refuses the message, or it has tokens that the model does not know.
         """
+        self.stats = Stats()                             # first, since Ctrl-C may come any time
+        self.prefilled = 0
         try:
             prompt = self.tokenizer.encode([*self.messages, message], chat=True)
             count = self.room_after(prompt)
@@ -90,7 +92,6 @@ class Conversation:
         self.known = prompt[:shared]                     # more, once it is computed
         self.cache.length = shared
         self.prefilled = len(prompt) - 1 - shared
-        self.stats = Stats()
         said = []
         try:
             spoken = takewhile(self.goes_on, self.tokens(prompt, count))

@@ -223,6 +223,22 @@ def test_an_interrupt_within_a_pass_spoils_nothing(model, tokenizer, monkeypatch
     assert conversation.stats.tokens == expected
 
 
+def test_an_interrupt_while_a_message_is_read_has_nothing_of_the_last_answer(
+    model, tokenizer, monkeypatch
+):
+    conversation = new_conversation(model, tokenizer)
+    say(conversation, MESSAGES[0])
+    assert conversation.stats.tokens
+
+    def interrupt(prompt, chat):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenizer, "encode", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        say(conversation, MESSAGES[1])
+    assert not conversation.stats.tokens and conversation.prefilled == 0
+
+
 # ---------------------------------------------------------------- a full context
 
 def test_where_the_context_is_full_it_says_so_and_nothing_is_lost(tokenizer, model):
