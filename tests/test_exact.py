@@ -219,6 +219,22 @@ def test_attention_that_is_uneven_for_few_queries_is_found_too(monkeypatch):
     assert not is_even(random_model().to(torch.bfloat16), 5)
 
 
+def test_attention_that_is_uneven_just_past_its_change_of_form_is_found_too(monkeypatch):
+    """A product may be taken otherwise as soon as it adds up more than 1,024 numbers."""
+    model = random_model(context=2000)
+    by_form = model.layers[0].attend
+
+    def uneven(q, k, v, mask):
+        out = by_form(q, k, v, mask)
+        if 1024 < k.shape[2] < 4096 and q.shape[2] == 5:
+            out[:, :, 0, 0] += 1
+        return out
+
+    assert is_even(model, 5)
+    monkeypatch.setattr(model.layers[0], "attend", uneven)
+    assert not is_even(model, 5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_that_adds_up_in_another_order_for_the_last_row_is_found(monkeypatch, dtype):
     """In 16 bits that shows for one query of hundreds, unless what is added up cancels."""
