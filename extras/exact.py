@@ -32,7 +32,7 @@ VECTOR = 8                    # numbers that a kernel takes at once
 TRIED = 8                     # widths that are tried before giving up
 ATTENTION_TRIALS = 16         # random queries for each of the trials below
 OUTPUTS = 2048                # of a matrix made for the trials, at most
-TRIALS = 7                    # random rows and caches in float32
+TRIALS = 7                    # random rows and caches in float32: of each size one, at least
 TRIALS_16_BITS = 12           # more, since 16 bits round most differences away
 
 
