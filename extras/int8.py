@@ -73,9 +73,9 @@ class Int8Linear(nn.Module):
         return self.codes.nbytes + self.scales.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(end_dim=-2)
+        rows = x.reshape(-1, x.shape[-1]).contiguous()   # kernels read them as they lie
         product = self.product if len(rows) <= FEW else plain_product
-        return product(rows, self.codes, self.scales).unflatten(0, x.shape[:-1])
+        return product(rows, self.codes, self.scales).reshape(*x.shape[:-1], len(self.codes))
 
 
 def choose_product(weight: Tensor):

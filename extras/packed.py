@@ -188,6 +188,8 @@ class Float16Linear(nn.Module):
             self.multiply = threaded_product
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 1:                                 # FBGEMM takes rows only
+            return self(x[None])[0]
         product = self.multiply(x.float(), self.weight, None)
         if self.scales is not None:
             product = product * self.scales
@@ -199,14 +201,15 @@ def threaded_product(x: Tensor, weight, bias) -> Tensor:
 
 
 class WeightFirstLinear(nn.Module):
-    """``nn.Linear`` without bias that multiplies a few rows x (1, rows, in) as (W x^T)^T."""
+    """``nn.Linear`` without bias that multiplies a few rows as (W x^T)^T, if x is (1, rows, in)."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        if len(x) > 1 or not 1 < x.shape[1] <= FEW:
+        is_sequence = x.dim() == 3 and len(x) == 1
+        if not is_sequence or not 1 < x.shape[1] <= FEW:
             return F.linear(x, self.weight)
         return torch.mm(self.weight, x[0].t()).t().contiguous()[None]
 

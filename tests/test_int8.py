@@ -81,6 +81,20 @@ def test_products_are_those_of_codes_and_scales(dtype, rows):
     torch.testing.assert_close(linear(x[None])[0], expected.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_may_have_any_number_of_axes_and_lie_anyhow(dtype):
+    """As nn.Linear has it. PyTorch's kernel for a CPU crashes where rows lie apart."""
+    linear = Int8Linear(matrix().to(dtype))
+    x = matrix(24, 64).to(dtype).view(2, 3, 4, 64)
+    expected = linear(x)
+    for index in ((0, 0, 0), (0, 0), (0,), (slice(0, 1), 0)):
+        torch.testing.assert_close(linear(x[index]), expected[index])
+    assert linear(x[:0]).shape == (0, 3, 4, 50)
+    wide = torch.cat((x, x[..., :7]), dim=-1)
+    torch.testing.assert_close(linear(wide[..., :64]), expected)
+    torch.testing.assert_close(linear(x.mT.contiguous().mT), expected)
+
+
 @pytest.mark.parametrize("columns", [17, 24, 172, 344])
 def test_columns_may_be_any_number(columns):
     """PyTorch's kernel for a CPU crashes where it is no multiple of 16."""

@@ -76,6 +76,21 @@ def test_packed_logits_are_the_models(dtype, saved, limits, monkeypatch):
         assert error <= 2 * allowed + 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("saved", DTYPES)
+@pytest.mark.parametrize("limits", [ALL_LARGE, ALL_SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_states_may_have_any_number_of_axes(dtype, saved, limits, monkeypatch):
+    """As nn.Linear has it. A drafter asks for the logits of one state: (hidden,)."""
+    for name, value in limits.items():
+        monkeypatch.setattr(packed, name, value)
+    model = pack(saved_in(dtype, saved_in(saved, random_model())).to(dtype))
+    states = torch.randn(2, 3, 4, model.config.hidden_size).to(dtype)
+    expected = model.logits(states)
+    for index in ((0, 0, 0), (0, 0), (0,), (slice(0, 1), 0)):
+        torch.testing.assert_close(model.logits(states[index]), expected[index])
+    assert model.logits(states[:0]).shape == (0, 3, 4, model.config.vocab_size)
+
+
 @needs_fbgemm
 @pytest.mark.parametrize("std", [1.0, *(10.0 ** -k for k in range(2, 9))])
 def test_products_keep_the_digits_of_bfloat16_weights_of_any_size(std):
