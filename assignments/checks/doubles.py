@@ -26,6 +26,23 @@ class Scale(nn.Module):
         return x * self.factor
 
 
+class Matrix(nn.Module):
+    """In the place of a layer's matrix: it can be called, and no more."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x)
+
+    @property
+    def weight(self):
+        raise PropertyError(
+            "A matrix is called, as self.head(x): the program puts faster forms in its place, "
+            "which have no weight to look at", "weight was asked for")
+
+
 # ---------------------------------------------------------------------------- marked layers
 
 class Call(NamedTuple):
@@ -37,6 +54,7 @@ class Call(NamedTuple):
     sees: list[list[float]]   # for each row, the marks of the slots it may look at
     dtype: torch.dtype        # of the angles
     mask_dtype: torch.dtype | None
+    mask_shape: tuple[int, ...] | None
 
 
 class MarkedLayer(nn.Module):
@@ -61,8 +79,8 @@ class MarkedLayer(nn.Module):
             marks, _ = store(marks, -marks)                    # keys, values
         sees = marks_seen(marks[0, 0, :, 0].tolist(), mask, rows)
         where = positions(cos, rows), positions(-sin, rows)
-        mask_dtype = None if mask is None else mask.dtype
-        self.calls.append(Call(self.i, x.clone(), *where, sees, cos.dtype, mask_dtype))
+        of_mask = (None, None) if mask is None else (mask.dtype, tuple(mask.shape))
+        self.calls.append(Call(self.i, x.clone(), *where, sees, cos.dtype, *of_mask))
         return x + 2.0 ** self.i
 
     def mlp_block(self, x):

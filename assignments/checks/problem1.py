@@ -4,7 +4,7 @@ from unittest import mock
 import torch
 
 from checks.common import check, close, config, equal, golden, parts, random
-from checks.doubles import Scale
+from checks.doubles import Matrix, Scale
 
 AXES = ("batch", "row", "dimension")
 
@@ -363,6 +363,7 @@ def block_attends():
 
     layer = bare_layer()
     layer.o.weight.data = torch.eye(8)
+    layer.qkv, layer.o = Matrix(layer.qkv), Matrix(layer.o)
     layer.attend = lambda q, k, v, mask: torch.ones_like(q)
     close(run(layer, torch.zeros(1, 2, 8), *still(2)), torch.ones(1, 2, 8),
           "The block attends by self.attend: the fast attention takes its place",
@@ -456,6 +457,7 @@ def feed_forward():
     layer.gate_up.weight.data[0, 0] = 1                # gate of unit 0: x0
     layer.gate_up.weight.data[3, 1] = 1                # its up: x1
     layer.down.weight.data[2, 0] = 1                   # into dimension 2
+    layer.gate_up, layer.down = Matrix(layer.gate_up), Matrix(layer.down)
     x = row(2.0, 3.0)
     close(layer.mlp_block(x), row(2.0, 3.0, 5.284782),
           "mlp_block adds down(silu(gate) * up) to x, gate being the first half of gate_up",

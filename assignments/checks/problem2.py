@@ -2,7 +2,7 @@
 import torch
 
 from checks.common import check, close, equal
-from checks.doubles import Scale, marked_cache, marked_model, marked_rope, stands_at
+from checks.doubles import Matrix, Scale, marked_cache, marked_model, marked_rope, stands_at
 
 
 def forward(tokens, skip=(), cache=None, slots=None):
@@ -158,6 +158,8 @@ def wider():
             equal(sorted(calls[0].sees[r]), sorted(old_marks(start) + new_marks(r)),
                   "Slots past a row are masked, filled or not",
                   f"{example}, row {r}, marks of the slots seen")
+        equal(calls[0].mask_shape, (rows, 8),
+              "A layer's mask is (rows, slots), without further axes", f"{example}, shape of mask")
 
 
 @check(2, "Final norm and head")
@@ -168,6 +170,7 @@ def logits():
         if not tied:
             llama.head.weight.data = torch.zeros(5, 8)
             llama.head.weight.data[2, 1] = 7.0
+            llama.head = Matrix(llama.head)
         state = torch.zeros(1, 2, 8)
         state[0, 1, :2] = torch.tensor([1.0, 2.0])
         expected = torch.zeros(1, 2, 5)

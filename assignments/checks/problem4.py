@@ -143,6 +143,9 @@ def sees():
             equal(got, [*map(float, range(length - 1)), its_mark],
                   "A candidate sees the true keys and values of the positions before p, not those "
                   "at p, and its own", example)
+        equal(calls[0].mask_shape, (given, length + given),
+              "A layer's mask is (rows, slots), without further axes",
+              f"{case(length, given)}: shape of mask")
     keeps_dtype()
 
 

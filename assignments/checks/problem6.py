@@ -236,6 +236,7 @@ def room():
         (False, 0, 0, "leaves cache.length alone"),
         (True, 2, 0, "had moved cache.length by 2 before it was asked"),
         (False, 2, -8, "had moved cache.length by 2 before it was asked, and drafts nothing"),
+        (False, -2, 0, "had moved cache.length back by 2 before it was asked"),
     ):
         seen = ask(3, 9, moves=moves, behind=behind, extra=extra)
         equal(seen.text.cache.length, 3,

@@ -235,6 +235,9 @@ def attention_block(self, x, cos, sin, mask=None, store=None):
 
 
 attention_block.mistake(
+    "by the weight of o",
+    ("self.o(seen)", "seen @ self.o.weight.T"))
+attention_block.mistake(
     "keys before queries in qkv",
     ("q, k, v = self.qkv(normed).split(sizes, dim=-1)",
      "k, q, v = self.qkv(normed).split([sizes[1], sizes[0], sizes[2]], dim=-1)"))
@@ -300,6 +303,9 @@ def mlp_block(self, x):
     return x + self.down(inner)
 
 
+mlp_block.mistake(
+    "by the weight of down",
+    ("self.down(inner)", "inner @ self.down.weight.T"))
 mlp_block.mistake(
     "inside in float32",
     ("gate * gate", "gate.float() * gate"))

@@ -34,6 +34,9 @@ def forward(self, tokens, cache=None, skip=(), slots=None):
 
 
 forward.mistake(
+    "a mask with axes of a batch and of heads",
+    ("x = layer(x, cos, sin, mask,", "x = layer(x, cos, sin, mask[None, None],"))
+forward.mistake(
     "no mask behind a single token",
     ("model.causal_mask(start, rows, end, x)",
      "model.causal_mask(start, rows, end, x) if start != 1 or slots else None"))
@@ -137,8 +140,7 @@ causal_mask.mistake(
 @solves("model.Llama.logits")
 def logits(self, state):
     state = self.norm(state)
-    matrix = self.embed if self.head is None else self.head
-    return state @ matrix.weight.T
+    return state @ self.embed.weight.T if self.head is None else self.head(state)
 
 
 logits.mistake(
@@ -149,7 +151,10 @@ logits.mistake(
     ("state = self.norm(state)", "state = self.norm(state).float()"))
 logits.mistake(
     "of three axes only",
-    ("state @ matrix.weight.T", "torch.einsum('brh,vh->brv', state, matrix.weight)"))
+    ("state @ self.embed.weight.T", "torch.einsum('brh,vh->brv', state, self.embed.weight)"))
+logits.mistake(
+    "by the head's weight",
+    ("self.head(state)", "state @ self.head.weight.T"))
 logits.mistake(
     "tied head forgotten",
-    ("self.embed if self.head is None else self.head", "self.head"))
+    ("state @ self.embed.weight.T if self.head is None else self.head(state)", "self.head(state)"))

@@ -143,6 +143,9 @@ def candidate_layer(self, cache, count, tokens=1):
 
 
 candidate_layer.mistake(
+    "a mask with axes of a batch and of heads",
+    ("cos, sin, mask, store)", "cos, sin, mask[None, None], store)"))
+candidate_layer.mistake(
     "a mask in float32",
     (", dtype=cache.slots.dtype", ""))
 candidate_layer.mistake(

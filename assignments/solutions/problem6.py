@@ -159,6 +159,10 @@ checked_draft.mistake(
     "put back to what was found",
     ("text.cache.length = len(text.tokens) - 1", "text.cache.length = n"))
 checked_draft.mistake(
+    "never moved forward",
+    ("text.cache.length = len(text.tokens) - 1",
+     "text.cache.length = min(text.cache.length, len(text.tokens) - 1)"))
+checked_draft.mistake(
     "moved back by what was drafted",
     ("text.cache.length = len(text.tokens) - 1", "text.cache.length -= len(draft.tokens)"))
 checked_draft.mistake(
