@@ -219,7 +219,10 @@ class KVCache:
         self.length = 0
 
     def put(self, layer: int, slot: int, end: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v (1, kv_heads, rows, head_dim) from ``slot`` on; return slots 0 .. end-1."""
+        """Write k, v (1, kv_heads, rows, head_dim) from ``slot`` on; return slots 0 .. end-1.
+
+        Rows that are padding may lie past ``end``.
+        """
         rows = k.shape[2]
         self.keys[layer][:, :, slot:slot + rows] = storable(k)
         self.values[layer][:, :, slot:slot + rows] = storable(v)
@@ -292,7 +295,8 @@ class Llama(nn.Module):
 
         With a cache (batch 1) the rows continue it: they take the slots and positions from
         cache.length on, and move it forward. Attention reads the cache's first ``slots`` slots, and
-        those after a row are masked; by default it reads just the filled ones.
+        those after a row are masked; by default it reads just the filled ones. Rows that are
+        padding may lie past ``slots``.
         """
         x = self.embed(tokens)                                            # (batch, rows, hidden)
         rows = tokens.shape[1]
@@ -362,7 +366,10 @@ class Llama(nn.Module):
 
 
 def causal_mask(start: int, rows: int, slots: int, x: Tensor) -> Tensor:
-    """(rows, slots): row r, which lies in slot start + r, sees the slots up to its own."""
+    """(rows, slots): row r, which lies in slot start + r, sees the slots up to its own.
+
+    A row that lies past them all sees all.
+    """
     return masked(rows, slots, x).triu_(start + 1)
 
 

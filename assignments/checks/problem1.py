@@ -167,7 +167,9 @@ def empty_cache(dtype=torch.float32):
 
 @check(2, "The cache's slots")
 def put():
-    for layer, slot, end, rows in ((0, 0, 1, 1), (0, 2, 3, 1), (1, 2, 4, 2), (1, 1, 5, 2)):
+    for layer, slot, end, rows in (
+        (0, 0, 1, 1), (0, 2, 3, 1), (1, 2, 4, 2), (1, 1, 5, 2), (0, 2, 3, 3), (1, 4, 4, 2),
+    ):
         cache = empty_cache()
         k = 10.0 + torch.arange(rows).reshape(1, 1, rows, 1)
         v = k + 10
@@ -334,6 +336,12 @@ def block_attends():
           "heads side by side",
           "4 heads of 2 dimensions, 2 key-value heads, whose values are (1, 2) and (3, 4); what "
           "attention adds to x (1, 1, 8)", AXES)
+    x = torch.cat((x, row(5.0, 6.0, 7.0, 8.0)), dim=1)
+    alone = torch.tensor([[0.0, -torch.inf], [-torch.inf, 0.0]])
+    close((run(layer, x, *still(2), alone) - x)[:, 1:], [[[5.0, 6, 5, 6, 7, 8, 7, 8]]],
+          "The block attends under the mask it is given, without a store, too",
+          "the same, and a second row with values (5, 6) and (7, 8), each row seeing itself only: "
+          "what is added to the second", AXES)
 
     slots = column(2.0, 4.0, 8.0, 12.0).expand(1, 2, 4, 2)
     mask = torch.tensor([[0.0, -torch.inf, 0.0, -torch.inf], [-torch.inf, 0.0, 0.0, 0.0]])

@@ -1,4 +1,6 @@
 """Checks of problem 2. The layers are marked ones (doubles.py): nothing of problem 1 is used."""
+from unittest import mock
+
 import torch
 
 from checks.common import check, close, equal
@@ -82,6 +84,7 @@ def mask():
         (0, 2, 2, [[0.0, shut], [0.0, 0.0]]),
         (2, 2, 4, [[0.0, 0.0, 0.0, shut], [0.0, 0.0, 0.0, 0.0]]),
         (1, 1, 4, [[0.0, 0.0, shut, shut]]),
+        (2, 3, 4, [[0.0, 0.0, 0.0, shut], [0.0] * 4, [0.0] * 4]),
     ):
         example = f"causal_mask(start {start}, rows {rows}, slots {slots}, x in bfloat16)"
         got = causal_mask(start, rows, slots, torch.zeros(1, dtype=torch.bfloat16))
@@ -160,6 +163,26 @@ def wider():
                   f"{example}, row {r}, marks of the slots seen")
         equal(calls[0].mask_shape, (rows, 8),
               "A layer's mask is (rows, slots), without further axes", f"{example}, shape of mask")
+    rows_past_the_slots()
+
+
+def rows_past_the_slots():
+    def double(start, rows, slots, x):
+        return torch.zeros(rows, slots)
+
+    cache = marked_cache(2)
+    with mock.patch("model.causal_mask", double):
+        forward([1, 2, 3], (), cache, slots=4)
+    example = "slots = 4, cache.length 2, tokens [1, 2, 3], layer 0"
+    equal(cache.ends[0], 4,
+          "Attention reads as many slots as it is told to, though rows lie past them",
+          f"{example}, slots read")
+    equal(cache.length, 5,
+          "cache.length moves on by the rows given, past the slots that are read, too",
+          f"{example}, cache.length")
+    equal([cache.marks(0)[slot] for slot in (2, 3, 4)], [100.0, 200.0, 300.0],
+          "The rows take the slots from cache.length on, past those that are read, too",
+          f"{example}, marks in slots 2, 3, 4")
 
 
 @check(2, "Final norm and head")

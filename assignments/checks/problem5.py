@@ -217,19 +217,23 @@ def of_many(size: int = 2000, moved: float = 0.002):
               f"{size} tokens, of which only token 1 has p > q, drafted [0] with p 0: {NAMES}")
 
 
-BONUS = [                     # drafted, q, p, {(accepted, token): probability}
+BONUS = [                     # drafted, q, p, {(accepted, token): probability}, if all are accepted
     ([], [], [[0.2, 0.8]], {(0, 0): 0.2, (0, 1): 0.8}),
     ([0], [[0.5, 0.5]], [[0.5, 0.5], [0.1, 0.9]], {(1, 0): 0.1, (1, 1): 0.9}),
     ([0, 1], [[0.5, 0.5]] * 2, [[0.5, 0.5], [0.5, 0.5], [0.9, 0.1]], {(2, 0): 0.9, (2, 1): 0.1}),
+    ([0], [[0.8, 0.2]], [[0.4, 0.6], [0.5, 0.5]], {(1, 0): 0.5, (1, 1): 0.5}),
 ]
 
 
 @check(2, "Sampling: the bonus token, and no draft at all")
 def bonus():
     for drafted, q, p, expected in BONUS:
-        likely(count(drafted, q, p), expected,
+        outcomes = count(drafted, q, p)
+        whole = Counter({(accepted, token): times for (accepted, token), times in outcomes.items()
+                         if accepted == len(drafted)})
+        likely(whole or outcomes, expected,
                "After a draft accepted whole one more token is drawn from p's last row, as it is",
-               f"{case(drafted, q, p)}, (accepted, token)")
+               f"{case(drafted, q, p)}, of the draws that accepted all: (accepted, token)")
 
 
 CERTAIN = [                   # drafted, q, p: whole draft accepted, rejected, and no draft

@@ -128,6 +128,14 @@ def put(self, layer, slot, end, k, v):
 
 
 put.mistake(
+    "rows past the end taken for a fault",
+    ("places =", "assert slot + rows <= end\n    places ="))
+put.mistake(
+    "rows past the end lost",
+    ("places = torch.arange(slot, slot + rows)",
+     "places = torch.arange(slot, min(slot + rows, end))\n"
+     "    k, v = k[:, :, :len(places)], v[:, :, :len(places)]"))
+put.mistake(
     "only the new rows returned",
     ("return keys, values", "return k, v"))
 put.mistake(
@@ -234,6 +242,10 @@ def attention_block(self, x, cos, sin, mask=None, store=None):
     return x + self.o(seen)
 
 
+attention_block.mistake(
+    "no mask without a store",
+    ("seen = self.attend(q, k, v, mask)",
+     "seen = self.attend(q, k, v, None if store is None else mask)"))
 attention_block.mistake(
     "by the weight of o",
     ("self.o(seen)", "seen @ self.o.weight.T"))

@@ -34,6 +34,10 @@ def forward(self, tokens, cache=None, skip=(), slots=None):
 
 
 forward.mistake(
+    "more slots than it was told, where rows lie past them",
+    ("    mask = model.causal_mask",
+     "    end = max(end, start + rows)\n    mask = model.causal_mask"))
+forward.mistake(
     "a mask with axes of a batch and of heads",
     ("x = layer(x, cos, sin, mask,", "x = layer(x, cos, sin, mask[None, None],"))
 forward.mistake(
@@ -122,6 +126,13 @@ def causal_mask(start, rows, slots, x):
     return x.new_zeros(rows, slots).masked_fill(hidden, -math.inf)
 
 
+causal_mask.mistake(
+    "no row may lie past the slots",
+    ("return x.new_zeros(rows, slots).masked_fill(hidden, -math.inf)",
+     "mask = x.new_full((rows, slots), -math.inf)\n"
+     "    mask[:, :start] = 0\n"
+     "    mask[:, start:start + rows] = x.new_full((rows, rows), -math.inf).triu(1)\n"
+     "    return mask"))
 causal_mask.mistake(
     "a row does not see itself",
     ("slot > row", "slot >= row"))

@@ -99,6 +99,14 @@ accept_sampled.mistake(
     "bonus token from the draft",
     ("draw(p[i])", "draw(q[-1] if q else p[i])"))
 accept_sampled.mistake(
+    "bonus token by the number that accepted the last one",
+    ("def draw(weights):", "u = None\n\n    def draw(weights, u=None):"),
+    ("u = torch.rand((), generator=rng) * total",
+     "u = (torch.rand((), generator=rng) if u is None else u) * total"),
+    ("    if torch.rand((), generator=rng) < ratio:",
+     "    u = torch.rand((), generator=rng)\n        if u < ratio:"),
+    ("draw(p[i])", "draw(p[i], u)"))
+accept_sampled.mistake(
     "bonus token from p's row before",
     ("draw(p[i])", "draw(p[max(i - 1, 0)])"))
 accept_sampled.mistake(
