@@ -59,13 +59,17 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 # ---------------------------------------------------------------- what is computed
 
-@pytest.mark.parametrize("saved", DTYPES)
-@pytest.mark.parametrize("limits", [ALL_LARGE, ALL_SMALL], ids=["large", "small"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_packed_logits_are_the_models(dtype, saved, limits, monkeypatch):
-    """In 16 bits: as near to those of the same weights in float32 as nn.Linear's."""
-    for name, value in limits.items():
+@pytest.fixture(params=[ALL_LARGE, ALL_SMALL], ids=["large", "small"])
+def forms(request, monkeypatch):
+    """All matrices have the form of large ones, then of small ones."""
+    for name, value in request.param.items():
         monkeypatch.setattr(packed, name, value)
+
+
+@pytest.mark.parametrize("saved", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_logits_are_the_models(dtype, saved, forms):
+    """In 16 bits: as near to those of the same weights in float32 as nn.Linear's."""
     exact = saved_in(dtype, saved_in(saved, random_model()))
     plain = copy.deepcopy(exact).to(dtype)
     fast = pack(copy.deepcopy(plain))
@@ -77,12 +81,9 @@ def test_packed_logits_are_the_models(dtype, saved, limits, monkeypatch):
 
 
 @pytest.mark.parametrize("saved", DTYPES)
-@pytest.mark.parametrize("limits", [ALL_LARGE, ALL_SMALL], ids=["large", "small"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_states_may_have_any_number_of_axes(dtype, saved, limits, monkeypatch):
+def test_states_may_have_any_number_of_axes(dtype, saved, forms):
     """As nn.Linear has it. A drafter asks for the logits of one state: (hidden,)."""
-    for name, value in limits.items():
-        monkeypatch.setattr(packed, name, value)
     model = pack(saved_in(dtype, saved_in(saved, random_model())).to(dtype))
     states = torch.randn(2, 3, 4, model.config.hidden_size).to(dtype)
     expected = model.logits(states)
