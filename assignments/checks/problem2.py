@@ -163,7 +163,18 @@ def wider():
                   f"{example}, row {r}, marks of the slots seen")
         equal(calls[0].mask_shape, (rows, 8),
               "A layer's mask is (rows, slots), without further axes", f"{example}, shape of mask")
+    positions_by_the_cache()
     rows_past_the_slots()
+
+
+def positions_by_the_cache():
+    """Where rows stand without ``slots`` is the last check's; here, that these change nothing."""
+    _, few = forward([1, 2], (), marked_cache(2), slots=4)
+    _, many = forward([1, 2], (), marked_cache(2), slots=8)
+    equal((many[0].positions, many[0].from_sin), (few[0].positions, few[0].from_sin),
+          "Row r stands at position cache.length + r, however many slots are read",
+          "cache.length 2, tokens [1, 2], layer 0, slots = 8 where the other has slots = 4: "
+          "positions, by cos and by sin")
 
 
 def rows_past_the_slots():

@@ -173,12 +173,12 @@ def exits():
     equal(ran.tokens, drafted[:1],
           "A pending token in text.stop, as a prompt's last may be, ends nothing",
           f"pending token {tokens[-1]}, stop {{{tokens[-1]}}}: tokens")
-    end = drafted.index(drafted[1]) + 1
-    for threshold, given in ((None, "no go_on"), (0.0, "a go_on that is always true")):
-        ran = run_draft(tokens, skip, 4, threshold=threshold, stop={drafted[1]})
-        equal(ran.tokens, drafted[:end],
-              "A draft ends after a token in text.stop, with a go_on and without",
-              f"stop {{{drafted[1]}}}, {given}, tokens")
+    goes_on = ((None, "no go_on"), (0.0, "a go_on that is always true"))
+    for last, (threshold, given) in itertools.product(drafted[:2], goes_on):
+        ran = run_draft(tokens, skip, 4, threshold=threshold, stop={last})
+        equal(ran.tokens, drafted[:drafted.index(last) + 1],
+              "A draft ends after a token in text.stop, its first one too, with a go_on and "
+              "without", f"stop {{{last}}}, {given}, tokens")
 
 
 # ---------------------------------------------------------------------------- room for a draft
@@ -944,6 +944,10 @@ def when():
                   "A drafter may go from text to text: one that begins with no states has no "
                   "layers chosen, whatever the last text's were",
                   f"{example}, then {life(None, interval)}: cycles before each run")
+            happened = live(drafter, text_of([1, 2]), STATES, seen)
+            equal(happened.due, due(STATES, interval),
+                  "A drafter may go from text to text: the DP runs when each of them begins",
+                  f"the third text, {life(STATES, interval)}: cycles before each run")
 
 
 @check(1, "The drafter: on what the DP runs, and what comes of it")
@@ -1009,6 +1013,15 @@ def on_what():
               "A drafter may go from text to text: it forgets the states of the last one",
               "a longer prompt, then a prompt of one token, opt_tokens 4, its first run, after one "
               "cycle that accepts nothing: shape")
+    with noted() as seen:
+        drafter = speculative.Clasp(token_model(), M, 3, 0.0, 1, 4)
+        live(drafter, text_of([1, 2]), STATES, seen)
+        happened = live(drafter, text_of([1, 2]), STATES[:, -1:], seen)
+        told = 1 + new_tokens(happened.due[0])
+        equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, told, VOCABULARY),
+              "A drafter may go from text to text: it forgets the states of the last one",
+              "a longer prompt, then one of two tokens, opt_tokens 4, its first run, after "
+              f"{happened.due[0]} cycles: shape")
     with noted() as seen:
         drafter = speculative.Clasp(token_model(), M, 3, 0.0, CYCLES, 3)
         text = text_of([1, 2])

@@ -64,6 +64,10 @@ forward.mistake(
     ("cache.cos[start:start + rows]", "cache.cos[:rows]"),
     ("cache.sin[start:start + rows]", "cache.sin[:rows]"))
 forward.mistake(
+    "positions counted back from the last slot read",
+    ("cache.cos[start:start + rows]", "cache.cos[end - rows:end]"),
+    ("cache.sin[start:start + rows]", "cache.sin[end - rows:end]"))
+forward.mistake(
     "cos and sin of different positions",
     ("cache.sin[start:start + rows]", "cache.sin[:rows]"))
 forward.mistake(

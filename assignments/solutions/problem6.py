@@ -76,6 +76,9 @@ draft_by_skipping.mistake(
     "stop ignored",
     ("int(drawn) in text.stop or ", ""))
 draft_by_skipping.mistake(
+    "stop ignored at the first drafted token",
+    ("int(drawn) in text.stop", "drafted[1:] and int(drawn) in text.stop"))
+draft_by_skipping.mistake(
     "a tensor looked up in stop",
     ("int(drawn) in text.stop", "drawn in text.stop"))
 draft_by_skipping.mistake(
@@ -527,6 +530,14 @@ begin.mistake(
 begin.mistake(
     "the last text's set kept",
     ("self.skip = None", "pass"))
+begin.mistake(
+    "the last text's states kept beside the prompt's",
+    ("    self.recent.clear()\n", ""),
+    ("        self.skip = None", "        self.recent.clear()\n        self.skip = None"))
+begin.mistake(
+    "the first text's set kept where a later one begins with states",
+    ("        self.choose_layers(text)",
+     "        if self.skip is None:\n            self.choose_layers(text)"))
 begin.mistake(
     "no DP after the prefill",
     ("self.choose_layers(text)", "self.skip = None"))
