@@ -66,6 +66,11 @@ def find_folder(name: str) -> Path:
     return download(name)
 
 
+def short_name(name: str) -> str:
+    """What titles call such a model: by its folder or its repository, not by a cache's folder."""
+    return Path(name).expanduser().resolve().name
+
+
 def download(name: str) -> Path:
     """A repository's files, in Hugging Face's cache. First config.json, before gigabytes follow."""
     from huggingface_hub import errors, snapshot_download  # a second to import

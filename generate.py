@@ -34,6 +34,7 @@ from checkpoint import (
     find_folder,
     load_model,
     read_headers,
+    short_name,
     suggested_settings,
 )
 from extras.auto import Auto
@@ -511,8 +512,9 @@ def require_trace(args: argparse.Namespace):
 def write_trace(decoder: "Decoder", tokenizer: Tokenizer, plain_ends: list[float]):
     args = decoder.args
     weight = decoder.model.embed.weight
-    about = (f"{Path(args.model).resolve().name}, drafter {decoder.drafts_by}, temperature "
-             f"{args.temperature}, {str(weight.dtype).removeprefix('torch.')} on {weight.device}")
+    about = (f"{short_name(args.model)}, drafter {decoder.drafts_by}, "
+             f"temperature {args.temperature}, "
+             f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}")
     found = record(decoder.drafter, tokenizer, plain_ends, about)
     if my_place().rank == 0:
         write_whole(Path(args.trace), page(found))

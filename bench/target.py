@@ -13,6 +13,7 @@ from checkpoint import (
     are_of_layers,
     find_folder,
     load_model,
+    short_name,
     suggested_settings,
 )
 from extras.cuda_graphs import GraphedLlama
@@ -174,10 +175,11 @@ def load_target(args: argparse.Namespace) -> Target:
         name = (f"{args.synthetic} with RANDOM WEIGHTS (residual {args.residual}; the text is "
                 "noise)")
     else:
-        folder = find_folder(args.model or str(BUNDLED))
+        asked = args.model or str(BUNDLED)
+        folder = find_folder(asked)
         tokenizer = Tokenizer(folder)
         model = load_model(folder, device, dtype, form)
-        name = folder.resolve().name
+        name = short_name(asked)
     pack(model)
     choose_threads(model)
     chosen = suggested_settings(folder) | typed_settings(args)

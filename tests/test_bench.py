@@ -427,6 +427,13 @@ def test_a_synthetic_model_runs_and_says_so(tmp_path, capsys, monkeypatch):
     assert stats.accepted == stats.drafted > 0
 
 
+def test_a_downloaded_model_is_called_by_its_repository(monkeypatch):
+    """And not by its folder in the hub's cache, which is a commit's."""
+    monkeypatch.setattr("bench.target.find_folder", {"someone/Tiny-Story": BUNDLED}.get)
+    argv = ["--device", DEVICE, "--model", "someone/Tiny-Story"]
+    assert load_target(program.arguments(argv)).name == "Tiny-Story"
+
+
 def test_sets_without_layers_are_alike():
     assert experiments.similarities([frozenset()] * 3, 1) == [1.0, 1.0]
 

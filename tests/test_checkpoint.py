@@ -31,6 +31,7 @@ from checkpoint import (
     load_model,
     named_weights,
     read_config,
+    short_name,
     suggested_settings,
 )
 from model import ModelError
@@ -94,6 +95,15 @@ def test_a_repo_is_downloaded_only_if_its_config_can_be_used(monkeypatch, tmp_pa
         assert any(fnmatch(file, pattern) for pattern in asked[-1])
     for file in ("consolidated.safetensors", "checkpoint-500/model.safetensors"):
         assert not any(fnmatch(file, pattern) for pattern in asked[-1])
+
+
+def test_a_title_names_the_repository_or_the_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("Tiny-Story").mkdir()
+    Path("model").symlink_to("Tiny-Story")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ("someone/Tiny-Story", "Tiny-Story/", "model", "~/model", str(tmp_path / "Tiny-Story"))
+    assert [short_name(name) for name in names] == ["Tiny-Story"] * 5
 
 
 @pytest.mark.thorough

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from checkpoint import BUNDLED, Tokenizer, find_folder, load_model, read_config
+from checkpoint import BUNDLED, Tokenizer, find_folder, load_model, read_config, short_name
 from extras.packed import pack
 from generate import Parser, choose_device, form_of_weights
 from model import KVCache, Llama
@@ -107,7 +107,7 @@ def run():
     before, after = fmean(d.before for d in found), fmean(d.after for d in found)
     uncertain = stdev(d.after - d.before for d in found) / len(found) ** 0.5
     largest = max(d.largest for d in found) / max(d.size for d in found)
-    print(f"{folder.resolve().name}, {args.dtype}, {len(pieces)} pieces of {TOKENS} tokens:")
+    print(f"{short_name(args.model)}, {args.dtype}, {len(pieces)} pieces of {TOKENS} tokens:")
     print(f"perplexity {perplexity(before):.3f}; in int8 {perplexity(after):.3f} "
           f"({100 * (perplexity(after - before) - 1):+.2f} %, standard error "
           f"{100 * uncertain:.2f})")
