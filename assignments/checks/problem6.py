@@ -1006,23 +1006,6 @@ def on_what():
                   "stats.skip_sets holds each set that was chosen, after how many new tokens",
                   f"{example}: skip_sets")
     with noted() as seen:
-        drafter = speculative.Clasp(token_model(), M, 3, 0.0, CYCLES, 4)
-        live(drafter, text_of([1, 2]), STATES, seen)
-        live(drafter, text_of([1, 2]), None, seen)
-        equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, 1, VOCABULARY),
-              "A drafter may go from text to text: it forgets the states of the last one",
-              "a longer prompt, then a prompt of one token, opt_tokens 4, its first run, after one "
-              "cycle that accepts nothing: shape")
-    with noted() as seen:
-        drafter = speculative.Clasp(token_model(), M, 3, 0.0, 1, 4)
-        live(drafter, text_of([1, 2]), STATES, seen)
-        happened = live(drafter, text_of([1, 2]), STATES[:, -1:], seen)
-        told = 1 + new_tokens(happened.due[0])
-        equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, told, VOCABULARY),
-              "A drafter may go from text to text: it forgets the states of the last one",
-              "a longer prompt, then one of two tokens, opt_tokens 4, its first run, after "
-              f"{happened.due[0]} cycles: shape")
-    with noted() as seen:
         drafter = speculative.Clasp(token_model(), M, 3, 0.0, CYCLES, 3)
         text = text_of([1, 2])
         text.cache.scratch = 2 * M + 1
@@ -1030,3 +1013,19 @@ def on_what():
         equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, 2, VOCABULARY),
               "The DP goes by fewer tokens if cache.scratch has no slots for M of each",
               f"M = {M}, opt_tokens 3, cache.scratch {2 * M + 1}: shape")
+    states_of_the_last_text()
+
+
+def states_of_the_last_text():
+    """When the first run is due is the last check's; here, that it has the new text's states."""
+    import speculative
+    for states, interval, prompt in ((None, CYCLES, "one token"), (STATES[:, -1:], 1, "two")):
+        with noted() as seen:
+            drafter = speculative.Clasp(token_model(), M, 3, 0.0, interval, 4)
+            live(drafter, text_of([1, 2]), STATES, seen)
+            first = live(drafter, text_of([1, 2]), states, seen).due[0]
+            told = 1 if states is None else 1 + new_tokens(first)
+            equal(tuple(seen.runs[0].hidden.shape), (LAYERS + 1, told, VOCABULARY),
+                  "A drafter may go from text to text: it forgets the states of the last one",
+                  f"a longer prompt, then a prompt of {prompt}, opt_tokens 4, its first run, after "
+                  f"{first} cycles: shape")
